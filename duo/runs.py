@@ -176,12 +176,11 @@ def read_parameters(notebook):
             raise RunError(f"{where}: line {node.lineno} of the parameters cell; allowed: `name: type = value  # meaning`")
         name = node.target.id
         try:
-            default = ast.literal_eval(node.value)
-            parameter = Parameter(name, ast.unparse(node.annotation), _kinds(node.annotation), default, comments.get(node.end_lineno, ""))
-            parameter.fit(default)
+            found[name] = Parameter(name, ast.unparse(node.annotation), _kinds(node.annotation), ast.literal_eval(node.value),
+                                    comments.get(node.end_lineno, ""))
+            found[name].fit(found[name].default)
         except ValueError as error:
-            raise RunError(f"{where}: {name}: {error}") from None
-        found[name] = parameter
+            raise RunError(f"{where}: {name}: given {ast.unparse(node.value)}; {error}") from None
     if "output" not in found:
         raise RunError(f"{where}: the parameters cell has no `output: str`, the folder of the run")
     return found
@@ -827,7 +826,8 @@ def _alone(folder, root):
 def _dump(params, command):
     import yaml
 
-    return f"# {command}\n" + yaml.safe_dump(params, sort_keys=False, allow_unicode=True, width=120)
+    line = lambda k, v: f"{k}: {yaml.safe_dump(v, default_flow_style=True)}" if isinstance(v, list) else yaml.safe_dump({k: v}, allow_unicode=True)
+    return f"# {command}\n" + "".join(line(k, v) for k, v in params.items())
 
 
 def _recorded(notebook, params, folder, root, command, resumed, stop):
@@ -958,8 +958,6 @@ def _say(text):
 def _sweep(jobs, root, restart):
     """Runs the jobs one after the other, keeps sweep.json and sweep.csv up to date, prints the table; 1 if one failed."""
     rows, folder, status = [], jobs[0].folder.parent, 0
-    for job in jobs:
-        _prepare(job.folder, job.params, root, restart)
     for number, job in enumerate(jobs, 1):
         _say(f"{number} of {len(jobs)}: {' '.join(f'{k}={v}' for k, v in job.swept.items())} -> {_show(job.folder, root)}")
         try:
@@ -1037,6 +1035,8 @@ def _main(words):
         print(describe(target, root))
         return 0
     jobs = plan(target, overrides, options["output"], root)
+    for job in jobs:
+        _prepare(job.folder, job.params, root, options["restart"])
     if jobs[0].swept:
         return _sweep(jobs, root, options["restart"])
     _say(f"{jobs[0].target} -> {_show(jobs[0].folder, root)}")
