@@ -227,8 +227,8 @@ def read_yaml(path, parameters, root):
             values[key] = _read_value(key, raw, value_node, wanted, loader)
         except (ValueError, yaml.YAMLError) as error:
             problems.append(f"{where}:{key_node.start_mark.line + 1}: {key}: {getattr(error, 'problem', error)}")
-    missing = [f"{where}: {k}: missing; allowed: {p.allowed} ({p.meaning or 'no meaning given'})" for k, p in wanted.items() if k not in seen]
-    return values, problems + missing
+    missing = [p for k, p in wanted.items() if k not in seen]
+    return values, problems + [f"{where}: {p.name}: missing; allowed: {p.allowed} ({p.meaning or 'no meaning given'})" for p in missing]
 
 
 def _read_value(key, raw, node, wanted, loader):
@@ -278,8 +278,8 @@ def read_overrides(words, parameters):
     return values, problems
 
 # %% ../nbs/15_runs.ipynb #f71ffcab
-_AT_LEAST_ONE = ("length hidden_size n_blocks n_heads cond_dim batch_size device_batch_size max_steps top_k valid_every valid_draws valid_blocks "
-                 "checkpoint_every n steps draws rounds steps_per_round").split()
+_AT_LEAST_ONE = ("length hidden_size n_blocks n_heads cond_dim batch_size device_batch_size max_steps top_k valid_every valid_draws "
+                 "valid_blocks checkpoint_every n steps draws rounds steps_per_round").split()
 RANGES = {key: (lambda v: v >= 1, "at least 1") for key in _AT_LEAST_ONE}
 RANGES |= {key: (lambda v: v >= 0, "at least 0") for key in "warmup_steps curriculum_steps weight_decay grad_clip seed".split()}
 RANGES |= {key: (lambda v: v > 0, "above 0") for key in "lr tau delta".split()}
@@ -355,19 +355,19 @@ def check_checkpoint(params):
     tokenizer lacks, another tokenizer than the checkpoint's. A name on the hub is left to the run."""
     from duo.data import tokenizer_from_json
 
-    given, out = params["checkpoint"], check_data(params)
-    folder = Path(given)
+    out, folder = check_data(params), Path(params["checkpoint"])
+    given = f"checkpoint: given {params['checkpoint']}"
     if not folder.is_dir():
-        on_hub = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", given) and not folder.parent.exists()
-        return out if on_hub else [f"checkpoint: given {given}; allowed: a folder that exists, as duo-run train/NAME writes it, or a name on the hub"] + out
+        on_hub = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", params["checkpoint"]) and not folder.parent.exists()
+        return out if on_hub else [f"{given}; allowed: a folder that exists, as duo-run train/NAME writes it, or a name on the hub"] + out
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         tokenizer = tokenizer_from_json((folder / "tokenizer.json").read_text(encoding="utf-8"))
         name, length = config["tokenizer"], config["length"]
     except FileNotFoundError as error:
-        return [f"checkpoint: given {given}, which has no {Path(error.filename).name}; allowed: a folder that duo.hub.save wrote"] + out
+        return [f"{given}, which has no {Path(error.filename).name}; allowed: a folder that duo.hub.save wrote"] + out
     except (ValueError, KeyError, TypeError) as error:
-        return [f"checkpoint: given {given}, where config.json or tokenizer.json is damaged ({error}); allowed: a folder that duo.hub.save wrote"] + out
+        return [f"{given}, where config.json or tokenizer.json is damaged ({error}); allowed: what duo.hub.save wrote"] + out
     if params.get("tokenizer") not in (None, name):
         out.append(f"tokenizer: given {params['tokenizer']}; allowed: the checkpoint's, {name}")
     if params.get("prompt"):
@@ -534,7 +534,7 @@ def environment(root):
     from importlib import metadata
 
     versions = {"python": platform.python_version()}
-    for name in ("duo-diffusion", "torch", "lightning", "numpy", "tokenizers", "transformers", "datasets", "safetensors", "papermill", "ipykernel"):
+    for name in "duo-diffusion torch lightning numpy tokenizers transformers datasets safetensors papermill ipykernel".split():
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
     commit, dirty = _git(root)
@@ -714,7 +714,8 @@ def _scrub(text, root):
     """The text of a notebook without the machine's folders: paths relative to the root, `~` for the home folder."""
     text = re.sub(r"[^\s\"'<>]*[/\\]ipykernel_\d+[/\\]\d+\.py", "cell", text)
     package = Path(duo.__file__).resolve().parents[1]
-    for folder, word in ((Path(root), ""), (package, ""), (Path(sys.prefix), "python/"), (Path(sys.base_prefix), "python/"), (Path.home(), "~/")):
+    pythons = [(Path(prefix), "python/") for prefix in (sys.prefix, sys.base_prefix)]
+    for folder, word in ((Path(root), ""), (package, ""), *pythons, (Path.home(), "~/")):
         if len(folder.parts) > 1:
             text = text.replace(f"{folder.as_posix()}/", word)
             text = re.sub(re.escape(folder.as_posix()) + r"(?![\w.-])", (word or ".").rstrip("/"), text)
@@ -734,8 +735,8 @@ def _execute(notebook, params, folder, root, stop):
     class Engine(NBClientEngine):
         @classmethod
         def execute_managed_notebook(cls, nb_man, kernel_name, stdout_file=None, stderr_file=None, start_timeout=120, **words):
-            return _client(stop)(nb_man, kernel_name=kernel_name, timeout=None, startup_timeout=start_timeout, log=logging.getLogger("papermill"),
-                                 stdout_file=stdout_file, stderr_file=stderr_file).execute()
+            return _client(stop)(nb_man, kernel_name=kernel_name, timeout=None, startup_timeout=start_timeout,
+                                 log=logging.getLogger("papermill"), stdout_file=stdout_file, stderr_file=stderr_file).execute()
 
     papermill_engines.register("duo", Engine)
     logging.getLogger("papermill").setLevel(logging.CRITICAL)
@@ -745,9 +746,10 @@ def _execute(notebook, params, folder, root, stop):
     with contextlib.chdir(root):
         try:
             stop.inside = True
-            papermill.execute_notebook(relative(notebook), None if _rank() else relative(running), {**params, "output": Path(relative(folder)).as_posix()},
-                                       engine_name="duo", kernel_name="python3", language="python", progress_bar=False, start_timeout=120,
-                                       stdout_file=_Live("stdout"), stderr_file=_Live("stderr"))
+            papermill.execute_notebook(
+                relative(notebook), None if _rank() else relative(running), {**params, "output": Path(relative(folder)).as_posix()},
+                engine_name="duo", kernel_name="python3", language="python", progress_bar=False, start_timeout=120,
+                stdout_file=_Live("stdout"), stderr_file=_Live("stderr"))
         except PapermillExecutionError as failure:
             error = failure.exec_count or failure.cell_index, failure.ename, str(failure.evalue)
         except KeyboardInterrupt:
@@ -784,7 +786,8 @@ def _prepare(folder, params, root, restart):
     if not folder.is_dir():
         raise RunError(f"{where}: a file; allowed: a folder, or a name that does not exist yet")
     there = Run(folder).parameters
-    foreign = [p.name for p in folder.iterdir() if p.name not in (*_PARTS, "sweep.json", "sweep.csv") and "=" not in p.name and p.name[0] != "."]
+    ours = {*_PARTS, "sweep.json", "sweep.csv"}
+    foreign = [p.name for p in folder.iterdir() if p.name not in ours and "=" not in p.name and p.name[0] != "."]
     if not there and foreign:
         raise RunError(f"{where}: holds {foreign[0]} and is not the folder of a run; choose another --output")
     kept = (folder / "checkpoints").is_dir() and any((folder / "checkpoints").iterdir())
@@ -794,7 +797,8 @@ def _prepare(folder, params, root, restart):
     other = [f"{k} ({show(there, k)} there, {show(params, k)} now)" for k in dict.fromkeys([*there, *params])
              if (k in there) != (k in params) or there.get(k) != params.get(k)]
     if other:
-        raise RunError(f"{where}: holds checkpoints of other parameters: {', '.join(other)}; --restart discards them, --output DIR keeps both")
+        raise RunError(f"{where}: holds checkpoints of other parameters: {', '.join(other)}; "
+                       "--restart discards them, --output DIR keeps both")
     return True
 
 
@@ -826,7 +830,11 @@ def _alone(folder, root):
 def _dump(params, command):
     import yaml
 
-    line = lambda k, v: f"{k}: {yaml.safe_dump(v, default_flow_style=True)}" if isinstance(v, list) else yaml.safe_dump({k: v}, allow_unicode=True)
+    def line(key, value):
+        if isinstance(value, list):
+            return f"{key}: {yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True)}"
+        return yaml.safe_dump({key: value}, width=10**6, allow_unicode=True)
+
     return f"# {command}\n" + "".join(line(k, v) for k, v in params.items())
 
 
