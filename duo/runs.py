@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RANGES', 'CHECKS', 'USAGE', 'RunError', 'find_root', 'targets', 'find_target', 'Parameter', 'read_parameters',
            'read_yaml', 'read_overrides', 'check_ranges', 'check_data', 'check_train', 'check_checkpoint', 'check',
-           'Run', 'environment', 'Screen', 'Stopped', 'Job', 'plan', 'run', 'table', 'describe', 'main']
+           'Run', 'machine', 'environment', 'Screen', 'Stopped', 'Job', 'plan', 'run', 'table', 'describe', 'main']
 
 # %% ../nbs/15_runs.ipynb #36b9bc49
 import ast
@@ -513,6 +513,19 @@ def _cpu():
     return platform.processor() or platform.machine()
 
 
+def machine():
+    """What computes, in a few words: the accelerators that torch sees, else the processor and its cores."""
+    torch = sys.modules.get("torch")
+    if torch and torch.cuda.is_available():
+        count = torch.cuda.device_count()
+        return f"{count} x {torch.cuda.get_device_name()}" if count > 1 else torch.cuda.get_device_name()
+    return f"{_cpu()}, {_cores()} core{'s' * (_cores() > 1)}"
+
+
+def _cores():
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
 def _git(root):
     """(commit, dirty) of the repository, (None, None) without git."""
     import subprocess
@@ -538,9 +551,8 @@ def environment(root):
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
     commit, dirty = _git(root)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {"versions": versions, "commit": commit, "dirty": dirty, "system": f"{platform.system()} {platform.machine()}",
-            "cpu": _cpu(), "cores": cores}
+            "cpu": _cpu(), "cores": _cores()}
 
 
 def _measured():
