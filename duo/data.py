@@ -11,7 +11,8 @@ __all__ = ['AUSTEN_ALPHABET', 'AUSTEN_BOOKS', 'DATASETS', 'SPLITS', 'CharTokeniz
 import json
 import re
 import tarfile
-from functools import lru_cache
+from functools import cached_property, lru_cache
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -94,7 +95,7 @@ class SubwordTokenizer:
         """Ids → text, special tokens included."""
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=False)
 
-    @property
+    @cached_property
     def chars(self):
         """(V,) characters that each symbol stands for; special tokens count none."""
         decoder = json.loads(self.backend.to_str())["decoder"]
@@ -127,6 +128,13 @@ class BPETokenizer(SubwordTokenizer):
         backend.decoder = decoders.ByteLevel()
         super().__init__(backend, name)
 
+    def encode(self, text):
+        """Text → list of ids. A merge never crosses a space that stands alone, so each distinct piece between such spaces is encoded once."""
+        pieces = re.split(r"(?<=\S)(?= \S)", text)
+        distinct = list(dict.fromkeys(pieces))
+        ids = dict(zip(distinct, (e.ids for e in self.backend.encode_batch(distinct, add_special_tokens=False))))
+        return list(chain.from_iterable(map(ids.__getitem__, pieces)))
+
     def to_json(self):
         """Name and merges; see `tokenizer_from_json`."""
         return json.dumps({"type": "bpe", "name": self.name, "merges": self.merges}, ensure_ascii=False, indent=0) + "\n"
@@ -148,7 +156,6 @@ def train_bpe(texts, vocab_size, name=None):
 AUSTEN_ALPHABET = "\n !\"&'()*,-.0123456789:;?ABCDEFGHIJKLMNOPQRSTUVWXYZ[]_abcdefghijklmnopqrstuvwxyz£"
 
 
-@lru_cache
 def tokenizer(name):
     """The tokenizer called `name`: "char", "text8", "bpe1024", "bpe2048", a directory, or a name on the Hugging Face hub such as "gpt2" or
     "bert-base-uncased". Raises ValueError where there is no such thing or the hub can't be reached."""
@@ -159,9 +166,10 @@ def tokenizer(name):
         return Text8Tokenizer()
     if re.fullmatch(r"bpe\d+", name):
         return _vendored_bpe(name)
-    return _from_directory(Path(name)) if Path(name).is_dir() else _from_transformers(name, name)
+    return _from_directory(Path(name)) if Path(name).is_dir() else _from_hub(name)
 
 
+@lru_cache
 def _vendored_bpe(name):
     files = {f"bpe{p.stem.removeprefix('austen_bpe_')}": p for p in _ASSETS.glob("austen_bpe_*.json")}
     if name not in files:
@@ -170,38 +178,52 @@ def _vendored_bpe(name):
 
 
 def _from_directory(path):
-    """A tokenizer from bare vocabulary files; anything else in the directory is left to transformers."""
-    from tokenizers import AddedToken, BertWordPieceTokenizer, Tokenizer, decoders, models, pre_tokenizers
+    """A tokenizer from the files of a directory."""
+    from tokenizers import BertWordPieceTokenizer, Tokenizer, decoders, models, pre_tokenizers
+    if (path / "tokenizer.json").exists():
+        backend = Tokenizer.from_file(str(path / "tokenizer.json"))
+        file = path / "tokenizer_config.json"
+        names = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        names = {k: v["content"] if isinstance(v, dict) else v for k, v in names.items() if k.endswith("_token")}
+        return SubwordTokenizer(backend, path.name, *_special(lambda key: backend.token_to_id(names.get(key) or "")))
     for vocab, merges in (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe")):
-        if (path / vocab).exists() and (path / merges).exists() and not (path / "tokenizer.json").exists():
+        if (path / vocab).exists() and (path / merges).exists():
             backend = Tokenizer(models.BPE.from_file(str(path / vocab), str(path / merges)))
             backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
             end = backend.token_to_id("<|endoftext|>")
             if end is not None:
-                backend.add_special_tokens([AddedToken("<|endoftext|>", special=True)])
+                backend.add_special_tokens(["<|endoftext|>"])
             return SubwordTokenizer(backend, path.name, end, end)
-    if (path / "vocab.txt").exists() and not (path / "tokenizer.json").exists():
+    if (path / "vocab.txt").exists():
         backend = Tokenizer.from_str(BertWordPieceTokenizer(str(path / "vocab.txt"), lowercase=True).to_str())
-        backend.decoder = decoders.WordPiece(cleanup=False)
         return SubwordTokenizer(backend, path.name, *map(backend.token_to_id, ("[CLS]", "[SEP]", "[PAD]")))
-    return _from_transformers(str(path), path.name)
+    raise ValueError(f"tokenizer {str(path)!r}: the directory has no tokenizer.json, no vocab.json with merges.txt and no vocab.txt")
 
 
-def _from_transformers(source, name):
-    from tokenizers import Tokenizer
+def _special(find):
+    """(bos, eos, pad) ids from a lookup by role; BERT's [CLS] and [SEP] stand in for the first two."""
+    first = lambda *keys: next((i for i in map(find, keys) if i is not None), None)
+    return first("bos_token", "cls_token"), first("eos_token", "sep_token"), first("pad_token")
+
+
+def _from_hub(name):
+    """A fast tokenizer from transformers' cache or the hub, which is asked once first: without a network this fails in a second."""
+    from transformers import AutoTokenizer
     try:
-        from transformers import AutoTokenizer
-        found = AutoTokenizer.from_pretrained(source)
-        backend = Tokenizer.from_str(found.backend_tokenizer.to_str())
+        try:
+            found = AutoTokenizer.from_pretrained(name, local_files_only=True)
+        except (OSError, ValueError):
+            import huggingface_hub
+            huggingface_hub.model_info(name, timeout=10)
+            found = AutoTokenizer.from_pretrained(name)
+        out = tokenizer_from_json(json.dumps({"type": "subword", "name": name, "tokenizer": json.loads(found.backend_tokenizer.to_str()),
+                                              **dict(zip(("bos_id", "eos_id", "pad_id"), _special(lambda key: getattr(found, key + "_id"))))}))
     except Exception as error:
-        reason = type(error).__name__
-        raise ValueError(f"tokenizer {source!r}: not char, text8, bpe1024 or bpe2048, not a directory with a tokenizer's files, and the "
-                         f"Hugging Face hub gave none ({reason}); offline, pass a directory") from None
-    if backend.get_vocab_size() <= 1:
-        raise ValueError(f"tokenizer {source!r} came out empty; pass a directory with tokenizer.json, or vocab.json and merges.txt")
-    bos = found.cls_token_id if found.bos_token_id is None else found.bos_token_id
-    eos = found.sep_token_id if found.eos_token_id is None else found.eos_token_id
-    return SubwordTokenizer(backend, name, bos, eos, found.pad_token_id)
+        raise ValueError(f"tokenizer {name!r}: not one of char, text8, bpe1024, bpe2048, not a directory, and the Hugging Face hub "
+                         f"did not give it ({type(error).__name__}); offline, pass a directory with its files") from None
+    if out.vocab_size <= 1:
+        raise ValueError(f"tokenizer {name!r} came out empty; pass a directory with its files")
+    return out
 
 
 def tokenizer_from_json(text):
@@ -275,15 +297,15 @@ def _read(path):
     rows = load_dataset(kind, data_files=str(path), split="train", **extra)
     if "text" not in rows.column_names:
         raise ValueError(f"data {str(path)!r}: every line needs a field 'text', found {', '.join(rows.column_names)}")
-    return [t for t in rows["text"] if t]
+    return [t.strip("\n") for t in rows["text"] if t.strip("\n")]
 
 # %% ../nbs/08_data.ipynb #df222265
 def _compact(vocab_size):
-    return np.uint16 if vocab_size <= 1 << 16 else np.int32
+    return np.uint16 if vocab_size < 1 << 16 else np.int32
 
 
 class Blocks:
-    """Blocks of L tokens, stored in 2 bytes a token (4 from 65,537 symbols on). `blocks[i]` with an int, slice, list or array gives int64 tokens.
+    """Blocks of L tokens, stored in 2 bytes a token (4 from 65,536 symbols on). `blocks[i]` with an int, slice, list or array gives int64 tokens.
 
     `len(blocks)` blocks in a fixed order; `n_tokens` and `n_chars` are the tokens that count and the characters that they decode to, in
     total, `chars` (N,) the latter per block. `mask` (N, L) is None where every token counts. Made by `pack` and `pad`."""
@@ -303,12 +325,11 @@ class Blocks:
         return self.rows(index)
 
     def rows(self, index, offset=0):
-        """Blocks `index` (an int or n of them) of the grid that starts `offset` tokens into the text → int64, (L,) or (n, L)."""
-        index = np.asarray(index)
-        if index.size and not (0 <= index.min() and offset + (index.max() + 1) * self.content <= len(self.stream)):
-            raise IndexError(f"blocks {index.min()} to {index.max()} at offset {offset}: there are {len(self)} blocks")
-        start = offset + index[..., None] * self.content
-        tokens = torch.from_numpy(self.stream[start + np.arange(self.content)].astype(np.int64))
+        """Blocks `index` (an int or n of them) of the grid that starts `offset` tokens (an int, or n) into the text → int64, (L,) or (n, L)."""
+        start = offset + np.asarray(index) * self.content
+        if start.size and not 0 <= start.min() <= start.max() <= len(self.stream) - self.content:
+            raise IndexError(f"index must be from 0 to {len(self) - 1}, got {np.min(index)} to {np.max(index)} (offset {np.max(offset)})")
+        tokens = torch.from_numpy(self.stream[start[..., None] + np.arange(self.content)].astype(np.int64))
         if not self.frame:
             return tokens
         first, last = (tokens.new_full((*tokens.shape[:-1], 1), i) for i in self.frame)
@@ -330,13 +351,12 @@ class Blocks:
 
 # %% ../nbs/08_data.ipynb #87053c4d
 def _count_chars(rows, tokenizer, mask=None):
-    """Characters per row of (N, L) tokens."""
-    if tokenizer.chars is not None:
-        chars = tokenizer.chars[rows]
-        return (chars if mask is None else chars * mask).sum(-1)
-    special = {tokenizer.bos_id, tokenizer.eos_id}
+    """Characters per row of (N, L) tokens. Special tokens, and ids beyond the vocabulary such as an added BOS, stand for none."""
     keep = np.ones(rows.shape, bool) if mask is None else mask
-    return np.array([len(tokenizer.decode([i for i in row[k].tolist() if i not in special])) for row, k in zip(rows, keep)], dtype=np.int64)
+    if tokenizer.chars is not None:
+        return (np.pad(tokenizer.chars, (0, 2))[rows] * keep).sum(-1)
+    keep = keep & (rows < tokenizer.vocab_size) & ~np.isin(rows, [i for i in (tokenizer.bos_id, tokenizer.eos_id) if i is not None])
+    return np.array([len(tokenizer.decode(row[k])) for row, k in zip(rows, keep)], dtype=np.int64)
 
 
 def pack(texts, tokenizer, length, separator=(), frame=()):
@@ -382,9 +402,16 @@ class Batches:
         self.shift = shift and blocks.mask is None and len(blocks.stream) >= 2 * blocks.content
         slack = blocks.content - 1 if self.shift else 0
         self.n_rows = (len(blocks.stream) - slack) // blocks.content
-        self._epoch = lru_cache(maxsize=2)(self._draw_epoch)
+        self.steps_per_epoch = self.n_rows / batch_size
+        self._drawn = {}
 
-    def _draw_epoch(self, epoch):
+    def _epoch(self, epoch):
+        """(permutation, offset) of an epoch; the last two stay in memory."""
+        if epoch not in self._drawn:
+            self._drawn = {k: v for k, v in self._drawn.items() if k == epoch - 1} | {epoch: self._draw(epoch)}
+        return self._drawn[epoch]
+
+    def _draw(self, epoch):
         generator = np.random.default_rng([self.seed, epoch])
         offset = int(generator.integers(self.blocks.content)) if self.shift else 0
         return generator.permutation(self.n_rows), offset
@@ -404,7 +431,7 @@ class Batches:
     def batch(self, step, rank=0, ranks=1):
         """(B, L) int64 tokens of a step, or this rank's B / ranks of them."""
         index, offset = self.where(step, rank, ranks)
-        return self.blocks.rows(index, offset[:, None])
+        return self.blocks.rows(index, offset)
 
     def mask(self, step, rank=0, ranks=1):
         """(B, L) bool, the tokens of the same rows that count; None where all do."""

@@ -176,7 +176,7 @@ class Block(nn.Module):
 
     def _add(self, x, gate, h):
         h = F.dropout(h, self.p, self.training)
-        return x + h if gate is None else torch.addcmul(x, gate.to(x.dtype), h.to(x.dtype))
+        return x + h if gate is None else torch.addcmul(x, gate, h)
 
 # %% ../nbs/05_dit.ipynb #76056422
 class Cache:
