@@ -16,6 +16,7 @@ demo: install
 	$(BIN)/duo-run demo/austen
 
 test: install
+	$(BIN)/nbdev_test --n_workers 2
 	$(BIN)/pytest -q tests
 
 clean:
