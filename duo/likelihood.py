@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from .processes import Absorbing, Uniform
 from .schedules import LogLinear
@@ -30,14 +29,15 @@ def _log_ratio(c, p, not_p):
     return torch.where(p >= 0.5, near, torch.log1p(c * p) - torch.log1p(c))
 
 # %% ../nbs/04_likelihood.ipynb #a6a0dfaa
-def _psi_sum(y):
-    "Σ_j y_j − log(1 + y_j) over the last axis, to 1e-16 a term; one logarithm for eight entries."
-    q = y.to(torch.float64, copy=True).add_(1)
-    total = q.sum(-1) - q.shape[-1]
+def _psi_sum(y, work=None):
+    "Σ_j y_j − log(1 + y_j) over the last axis, to 1e-16 a term; one logarithm for eight entries. `work` is float64 space like y."
+    q = (torch.empty_like(y, dtype=torch.float64) if work is None else work).copy_(y)
+    total = q.sum(-1)
+    q.add_(1)
     for _ in range(3):
         half = q.shape[-1] // 2
         if q.shape[-1] % 2: total = total - q[:, -1].log()
-        q = q[:, :half] * q[:, half:2 * half]
+        q = q[:, :half].mul_(q[:, half:2 * half])
     return total - q.log_().sum(-1)
 
 # %% ../nbs/04_likelihood.ipynb #ec34dc18
@@ -58,35 +58,41 @@ class _ScoreRows:
         self.same = x0 == xt
         self.slot = torch.stack([x0, xt] if m is None else [x0, xt, torch.full_like(x0, m)], 1)       # the columns taken out of the sums
         once = [~self.same, torch.ones_like(self.same)] + ([] if m is None else [xt != m])            # each counted once
-        self.once = torch.stack(once, 1)
-        self.c_z = self.odds / (self.pi if m is None else torch.where(xt == m, self.pi_m, self.pi))
+        self.once, self.space = torch.stack(once, 1), None
+        self.c_z = self.odds / self.pi if m is None else torch.where(xt == m, self.odds / self.pi_m, self.odds / self.pi)
 
-    def _probabilities(self, table, i):
-        "p of the other tokens (0 at the slots), its sum, p and 1 − p at the slots, and what the table has to be divided by."
+    def _work(self, table):
+        "Three tables like this one and one in float64, the same for each block: fresh memory would cost more than the arithmetic."
+        if self.space is None or len(self.space[0]) < len(table) or self.space[0].dtype != table.dtype:
+            self.space = [torch.empty_like(table) for _ in range(3)] + [torch.empty_like(table, dtype=torch.float64)]
+        return [w[:len(table)] for w in self.space]
+
+    def _probabilities(self, table, i, p):
+        "Fills p (n, K), 0 at the slots; its sum, p and 1 − p at the slots, and what p has yet to be divided by."
         slot, once = self.slot[i], self.once[i]
         if not self.logits:
             log_q = table.gather(1, slot).double().clamp(max=0)
-            p = table.exp().scatter_(1, slot, 0)
+            torch.exp(table, out=p).scatter_(1, slot, 0)
             S = p.sum(-1).double()
-            return p, S, log_q.exp(), -torch.expm1(log_q), torch.ones_like(S)
-        p = torch.softmax(table, -1)
+            return S, log_q.exp(), -torch.expm1(log_q), torch.ones_like(S)
+        torch.softmax(table, -1, out=p)
         q = p.gather(1, slot).double()
         S = p.scatter_(1, slot, 0).sum(-1).double()
         total = S + (q * once).sum(-1)
         q, S = q / total[:, None], S / total
         apart = slot[:, :, None] != slot[:, None, :]
-        return p, S, q, S[:, None] + (apart * (q * once)[:, None, :]).sum(-1), total
+        return S, q, S[:, None] + (apart * (q * once)[:, None, :]).sum(-1), total
 
     def __call__(self, table, i, grad):
         "Loss (n,) of the rows `i`; with `grad` also the gradient as a table (n, K) times a factor (n,)."
-        p, S, q, not_q, total = self._probabilities(table, i)
+        y, h, v, work = self._work(table)
+        S, q, not_q, total = self._probabilities(table, i, y)
         o, same, once, c_z = self.odds[i], self.same[i], self.once[i], self.c_z[i]
         c, y_z = o / self.pi, c_z * q[:, 1]
-        y = p.mul_((c / total).to(p.dtype)[:, None])
-        psi = _psi_sum(y)
-        h = y / (y + 1)
-        v = y * h
-        yh = v.sum(-1).double()
+        y.mul_((c / total).to(y.dtype)[:, None])
+        psi = _psi_sum(y, work)
+        torch.div(y, torch.add(y, 1, out=h), out=h)
+        yh = torch.mul(y, h, out=v).sum(-1).double()
         t = SimpleNamespace(o=o, c=c, c_z=c_z, same=same, once=once, S=S, q=q, not_q=not_q, y_z=y_z, yh=yh, n=(self.K - once.sum(-1)).double(),
                             psi=torch.where(c < 1e-5, yh / 2, psi), r=torch.where(same, 1 / (1 + c_z), torch.ones_like(o)))
         loss = (self._loss(t) * self.rate[i]).clamp(min=0)
@@ -152,6 +158,11 @@ def _blocks(n, table):
     return [slice(a, min(a + step, n)) for a in range(0, n, step)]
 
 
+def _refuse_second():
+    "Backward passes run with gradients enabled only if their own derivative is asked for."
+    if torch.is_grad_enabled(): raise RuntimeError("the losses of duo.likelihood have one derivative only: differentiate without create_graph=True")
+
+
 class _Dense(torch.autograd.Function):
     "Loss (n,) of `rows` on a table (n, K)."
 
@@ -164,8 +175,8 @@ class _Dense(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, upstream):
+        _refuse_second()
         table, = ctx.saved_tensors
         out = torch.empty_like(table)
         for i in _blocks(table.shape[0], table):
@@ -239,8 +250,8 @@ class _Head(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, upstream):
+        _refuse_second()
         *tensors, weights = ctx.saved_tensors
         need, ready, ctx.ready = ctx.needs_input_grad[:3], ctx.ready, None
         ratio = (upstream * weights).sum() / (weights * weights).sum().clamp(min=torch.finfo(weights.dtype).tiny)
