@@ -692,7 +692,10 @@ def _client(stop):
             stop.process = self.km.provisioner.process
 
         def papermill_execute_cells(self):
-            super().papermill_execute_cells()
+            try:
+                super().papermill_execute_cells()
+            finally:
+                self.shutdown_kernel = "immediate" if stop.signal else "graceful"
             with contextlib.suppress(Exception):
                 question = "__import__('duo.runs', fromlist=['runs'])._measured()"
                 reply = self.wait_for_reply(self.kc.execute("", silent=True, user_expressions={"seen": question}))
