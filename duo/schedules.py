@@ -64,9 +64,8 @@ class Cosine:
     @_float_or_tensor
     def alpha(self, t):
         "α_t, the probability that a token is still clean at time t in [0, 1]; same shape and dtype as `t`."
-        theta = math.pi / 2 * t
-        sin = theta.sin()
-        return theta.cos() ** 2 / (1 + sin) + self.eps * sin
+        sin, cos = (math.pi / 2 * t).sin(), (math.pi / 2 * (1 - t)).sin()
+        return cos**2 / (1 + sin) + self.eps * sin
 
     @_float_or_tensor
     def alpha_dot(self, t):
