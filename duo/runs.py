@@ -350,6 +350,11 @@ def check_train(params):
     return out
 
 # %% ../nbs/15_runs.ipynb #6b082f6c
+def _on_hub(name):
+    """Whether this may be a repository of the hub, "owner/name" or a bare name, and is not meant as a folder here."""
+    return re.fullmatch(r"([\w-][\w.-]*/)?[\w-][\w.-]*", name) and not ("/" in name and Path(name).parent.exists())
+
+
 def check_checkpoint(params):
     """Problems of a run that starts from a checkpoint: the folder, a prompt that is longer than a block or has symbols that the
     tokenizer lacks, another tokenizer than the checkpoint's. A name on the hub is left to the run."""
@@ -357,9 +362,11 @@ def check_checkpoint(params):
 
     out, folder = check_data(params), Path(params["checkpoint"])
     given = f"checkpoint: given {params['checkpoint']}"
+    for key in ("checkpoint", "judge"):
+        if params.get(key) and not Path(params[key]).is_dir() and not _on_hub(params[key]):
+            out.append(f"{key}: given {params[key]}; allowed: a folder that exists, as duo-run train/NAME writes it, or a name on the hub")
     if not folder.is_dir():
-        on_hub = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", params["checkpoint"]) and not folder.parent.exists()
-        return out if on_hub else [f"{given}; allowed: a folder that exists, as duo-run train/NAME writes it, or a name on the hub"] + out
+        return out
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         tokenizer = tokenizer_from_json((folder / "tokenizer.json").read_text(encoding="utf-8"))
