@@ -111,7 +111,10 @@ def _method(function):
 
 @_method
 def posterior(self, p_x0, xt, alpha_s, alpha_t, kappa=1.0):
-    "Ψ(x_s | x_t), `(B, L, K)` float64, from `p_x0` (B, L, K) over clean tokens and `xt` (B, L) (paper II, Eqs. 11, 12; κ = 1: paper I, Eq. 4)."
+    """Ψ(x_s | x_t), `(B, L, K)` float64, from `p_x0` (B, L, K) over clean tokens and `xt` (B, L).
+
+    Paper II, Eqs. 11 and 12; κ = 1 is paper I, Eq. 4. Raises ValueError for plain numbers out of range.
+    """
     _check(alpha_s=alpha_s, alpha_t=alpha_t, kappa=kappa)
     p, stay = p_x0.double(), torch.nn.functional.one_hot(xt, self.vocab_size).double()
     s, t, k = (_f64(v, p)[..., None] for v in (alpha_s, alpha_t, kappa))
@@ -182,7 +185,10 @@ def _pick(w, sums, generator=None):
 
 # %% ../nbs/02_processes.ipynb #dd020508
 def nucleus(w, top_p):
-    "Rows of weights `w` (n, K), not necessarily normalised, with zeros outside the smallest set of tokens that holds the share `top_p` of the row."
+    """Rows of weights `w` (n, K), zero outside the smallest set of tokens that holds the share `top_p` of the row; same shape and dtype.
+
+    Rows need not be normalised, and are not afterwards. Raises ValueError unless 0 < top_p ≤ 1.
+    """
     _check(top_p=top_p)
     heavy, ids = w.sort(dim=-1, descending=True, stable=True)
     cdf = heavy.cumsum(-1, dtype=torch.float64)
@@ -205,7 +211,10 @@ def _in_nucleus(w, sums, x, top_p):
 
 # %% ../nbs/02_processes.ipynb #df9a8ce7
 def _draw_clean(w, sums, xt, a, top_p, generator):
-    "x_0 ~ q(x_0 | x_t, x_θ) for rows of weights `w` (n, K), with chunk sums `sums` and untruncated P(still) `a` (n,): (still, token), each (n,)."
+    """x_0 ~ q(x_0 | x_t, x_θ) for rows of weights `w` (n, K): (still, token), each (n,).
+
+    `sums` are the chunk sums of `w` and `a` (n,) is P(still) before truncation.
+    """
     still = torch.rand(a.shape, dtype=torch.float64, generator=generator, device=w.device) < a
     token = torch.where(still, xt, _pick(w, sums, generator))
     if top_p < 1:
@@ -221,12 +230,13 @@ def _read(logits, ids, hidden):
     # some 4 MB at a time on a CPU, which stay in its cache, 256 MB elsewhere; the two buffers are reused
     n = min(len(ids), max(1, 2 ** (20 if logits.device.type == "cpu" else 26) // logits.shape[-1]))
     x = logits.new_empty(n, logits.shape[-1])
-    p = x.new_empty(x.shape, dtype=torch.float64 if logits.shape[-1] <= 1024 else torch.promote_types(x.dtype, torch.float32))
+    dtype = torch.float64 if logits.shape[-1] <= 1024 else torch.promote_types(x.dtype, torch.float32)
+    p = x.new_empty(x.shape, dtype=dtype)
     for i in ids.split(max(n, 1)):
         row = torch.index_select(logits, 0, i, out=x[:len(i)])
         if hidden is not None:
             row[:, hidden] = -torch.inf
-        yield i, torch.softmax(row, -1, dtype=p.dtype, out=p[:len(i)])
+        yield i, torch.softmax(row, -1, dtype=dtype, out=p[:len(i)])
 
 
 @_method
