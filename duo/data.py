@@ -41,7 +41,7 @@ class CharTokenizer:
         codes = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
         ids = self._symbols[np.minimum(codes, len(self._symbols) - 1)]
         if len(ids) and ids.min() < 0:
-            raise ValueError(f"text has the character {text[int(ids.argmin())]!r}, which tokenizer {self.name!r} ({self.vocab_size} characters) lacks")
+            raise ValueError(f"text has the character {text[int(ids.argmin())]!r}, not one of {self.name!r}: {self.alphabet!r}")
         return ids.tolist()
 
     def decode(self, ids):
@@ -129,7 +129,7 @@ class BPETokenizer(SubwordTokenizer):
         super().__init__(backend, name)
 
     def encode(self, text):
-        """Text → list of ids. A merge never crosses a space that stands alone, so each distinct piece between such spaces is encoded once."""
+        """Text → list of ids. No merge crosses a space that stands alone, so each distinct piece between such spaces is encoded once."""
         pieces = re.split(r"(?<=\S)(?= \S)", text)
         distinct = list(dict.fromkeys(pieces))
         ids = dict(zip(distinct, (e.ids for e in self.backend.encode_batch(distinct, add_special_tokens=False))))
@@ -208,6 +208,7 @@ def _special(find):
 
 def _from_hub(name):
     """A fast tokenizer from transformers' cache or the hub, which is asked once first: without a network this fails in a second."""
+    from tokenizers import Tokenizer
     from transformers import AutoTokenizer
     try:
         try:
@@ -216,8 +217,8 @@ def _from_hub(name):
             import huggingface_hub
             huggingface_hub.model_info(name, timeout=10)
             found = AutoTokenizer.from_pretrained(name)
-        out = tokenizer_from_json(json.dumps({"type": "subword", "name": name, "tokenizer": json.loads(found.backend_tokenizer.to_str()),
-                                              **dict(zip(("bos_id", "eos_id", "pad_id"), _special(lambda key: getattr(found, key + "_id"))))}))
+        ids = _special(lambda key: getattr(found, key + "_id"))
+        out = SubwordTokenizer(Tokenizer.from_str(found.backend_tokenizer.to_str()), name, *ids)
     except Exception as error:
         raise ValueError(f"tokenizer {name!r}: not one of char, text8, bpe1024, bpe2048, not a directory, and the Hugging Face hub "
                          f"did not give it ({type(error).__name__}); offline, pass a directory with its files") from None
@@ -238,7 +239,8 @@ def tokenizer_from_json(text):
         return BPETokenizer(fields["merges"], fields["name"])
     if kind == "subword":
         from tokenizers import Tokenizer
-        return SubwordTokenizer(Tokenizer.from_str(json.dumps(fields["tokenizer"])), *(fields[k] for k in ("name", "bos_id", "eos_id", "pad_id")))
+        backend = Tokenizer.from_str(json.dumps(fields["tokenizer"]))
+        return SubwordTokenizer(backend, *(fields[k] for k in ("name", "bos_id", "eos_id", "pad_id")))
     raise ValueError(f"tokenizer type must be char, text8, bpe or subword, got {kind!r}")
 
 # %% ../nbs/08_data.ipynb #58606166
@@ -305,7 +307,7 @@ def _compact(vocab_size):
 
 
 class Blocks:
-    """Blocks of L tokens, stored in 2 bytes a token (4 from 65,536 symbols on). `blocks[i]` with an int, slice, list or array gives int64 tokens.
+    """Blocks of L tokens, stored in 2 bytes a token (4 from 65,536 symbols on). `blocks[i]` (int, slice, list, array) gives int64 tokens.
 
     `len(blocks)` blocks in a fixed order; `n_tokens` and `n_chars` are the tokens that count and the characters that they decode to, in
     total, `chars` (N,) the latter per block. `mask` (N, L) is None where every token counts. Made by `pack` and `pad`."""
@@ -325,7 +327,7 @@ class Blocks:
         return self.rows(index)
 
     def rows(self, index, offset=0):
-        """Blocks `index` (an int or n of them) of the grid that starts `offset` tokens (an int, or n) into the text → int64, (L,) or (n, L)."""
+        """Blocks `index` (one or n) of the grid that starts `offset` (one or n) tokens into the text → int64, (L,) or (n, L)."""
         start = offset + np.asarray(index) * self.content
         if start.size and not 0 <= start.min() <= start.max() <= len(self.stream) - self.content:
             raise IndexError(f"index must be from 0 to {len(self) - 1}, got {np.min(index)} to {np.max(index)} (offset {np.max(offset)})")
@@ -377,7 +379,7 @@ def pack(texts, tokenizer, length, separator=(), frame=()):
 
 
 def pad(texts, tokenizer, length, frame=(), pad_id=None):
-    """One text a block: cut off at `length` tokens or filled with `pad_id` (default: the tokenizer's pad, else its eos, else 0), which `mask` leaves out.
+    """One text a block: cut off at `length` tokens or filled with `pad_id` (default: the tokenizer's pad, eos or 0), left out by `mask`.
 
     `frame=(bos, eos)` puts these around each text; they count as tokens and stand for no characters."""
     if len(frame) not in (0, 2) or length <= len(frame):
@@ -393,7 +395,7 @@ def pad(texts, tokenizer, length, frame=(), pad_id=None):
 
 # %% ../nbs/08_data.ipynb #1f9e113a
 class Batches:
-    """The training order of `blocks` as a pure function of (seed, step). With `shift` each epoch moves the cuts of packed text at random."""
+    """The training order of `blocks` as a pure function of (seed, step). With `shift` each epoch moves the cuts of packed text."""
 
     def __init__(self, blocks, batch_size, seed=0, shift=True):
         if batch_size < 1 or seed < 0:
@@ -419,7 +421,7 @@ class Batches:
     def where(self, step, rank=0, ranks=1):
         """The rows of a step as (index, offset) of blocks, each (B / ranks,); rank r of n takes rows r, r + n, ..."""
         if step < 0 or not 0 <= rank < ranks or self.batch_size % ranks:
-            raise ValueError(f"need step >= 0, rank < ranks and ranks dividing batch_size={self.batch_size}, got {step=}, {rank=}, {ranks=}")
+            raise ValueError(f"need step >= 0, rank < ranks, ranks dividing batch_size={self.batch_size}; got {step=}, {rank=}, {ranks=}")
         row = step * self.batch_size + np.arange(rank, self.batch_size, ranks)
         index, offset = np.empty_like(row), np.empty_like(row)
         for epoch in range(row[0] // self.n_rows, row[-1] // self.n_rows + 1):

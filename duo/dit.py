@@ -34,7 +34,8 @@ class DiTConfig:
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a positive whole number, got {value!r}")
         if self.hidden_size % (2 * self.n_heads):
-            raise ValueError(f"hidden_size must be a multiple of 2·n_heads = {2 * self.n_heads} (rotary positions turn pairs), got {self.hidden_size}")
+            raise ValueError(f"hidden_size must be a multiple of 2·n_heads = {2 * self.n_heads}, since rotary positions turn pairs; "
+                             f"got {self.hidden_size}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout!r}")
 
@@ -110,7 +111,8 @@ class Embedding(nn.Module):
             with torch.autocast(x.device.type, enabled=False):
                 return x.to(table.dtype) @ table
         if x.dim() != 2 or x.is_floating_point():
-            raise ValueError(f"x must be (B, L) integers, (B, L, {len(table)}) weights or (indices, weights), got {tuple(x.shape)} {x.dtype}")
+            raise ValueError(f"x must be (B, L) integers, (B, L, {len(table)}) weights or (indices, weights); "
+                             f"got {tuple(x.shape)} {x.dtype}")
         self._check(x)
         return F.embedding(x, table)
 
