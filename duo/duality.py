@@ -31,7 +31,9 @@ def _rule(vocab_size, n=128):
 
 # %% ../nbs/03_duality.ipynb #7445d0a9
 def uniform_alpha(gamma, vocab_size):
-    "(α, dα/dγ), α = T(α̃) of the uniform process at γ = −log SNR; float64, same shape as gamma (paper I, Eq. 11 and 34)."
+    """(α, dα/dγ), α = T(α̃) of the uniform process at γ = −log SNR (paper I, Eq. 11 and 34).
+
+    Both float64, with the shape and device of gamma (a float or a tensor). ValueError if vocab_size < 2."""
     gamma = torch.as_tensor(gamma, dtype=torch.float64)
     m, w = (r.to(gamma.device) for r in _rule(int(vocab_size)))
     mu = (-gamma / 2).exp().unsqueeze(-1)
@@ -43,8 +45,11 @@ def uniform_alpha(gamma, vocab_size):
 # %% ../nbs/03_duality.ipynb #dc8f6a0b
 @lru_cache
 def gamma_window(vocab_size, alpha_min=0.05, alpha_max=0.95):
-    "(γ_min, γ_max), floats: α is alpha_max at γ_min and alpha_min at γ_max (paper I, section 4.1). ValueError unless 0 < alpha_min < alpha_max < 1."
-    if not 0 < alpha_min < alpha_max < 1: raise ValueError(f"alpha_min, alpha_max are {alpha_min}, {alpha_max}; they must satisfy 0 < alpha_min < alpha_max < 1")
+    """(γ_min, γ_max), floats: α is alpha_max at γ_min and alpha_min at γ_max (paper I, section 4.1).
+
+    ValueError unless 0 < alpha_min < alpha_max < 1 and vocab_size ≥ 2."""
+    if not 0 < alpha_min < alpha_max < 1:
+        raise ValueError(f"alpha_min, alpha_max are {alpha_min}, {alpha_max}; 0 < alpha_min < alpha_max < 1 is required")
     target = torch.tensor([alpha_max, alpha_min], dtype=torch.float64, device="cpu")
     low, high = torch.full_like(target, -20.0), torch.full_like(target, 100.0)
     for _ in range(64):
