@@ -23,10 +23,9 @@ def _phi(u):
     return torch.where(u.abs() < 1e-2, series, torch.expm1(u) - u)
 
 
-def _log_ratio(c, p, not_p):
-    "log((1 + c·p) / (1 + c)), with p and not_p = 1 − p both given to full relative precision."
-    near = torch.log1p(-c / (1 + c) * not_p.clamp(max=0.75))
-    return torch.where(p >= 0.5, near, torch.log1p(c * p) - torch.log1p(c))
+def _log_ratio(c, p):
+    "log((1 + c·p) / (1 + c)) for float64 arguments."
+    return torch.log1p(c * p) - torch.log1p(c)
 
 # %% ../nbs/04_likelihood.ipynb #a6a0dfaa
 def _psi_sum(y, work=None):
@@ -93,8 +92,9 @@ class _ScoreRows:
         psi = _psi_sum(y, work)
         torch.div(y, torch.add(y, 1, out=h), out=h)
         yh = torch.mul(y, h, out=v).sum(-1).double()
-        t = SimpleNamespace(o=o, c=c, c_z=c_z, same=same, once=once, S=S, q=q, not_q=not_q, y_z=y_z, yh=yh, n=(self.K - once.sum(-1)).double(),
-                            psi=torch.where(c < 1e-5, yh / 2, psi), r=torch.where(same, 1 / (1 + c_z), torch.ones_like(o)))
+        t = SimpleNamespace(o=o, c=c, c_z=c_z, same=same, once=once, S=S, q=q, not_q=not_q, y_z=y_z, yh=yh,
+                            n=(self.K - once.sum(-1)).double(), psi=torch.where(c < 1e-5, yh / 2, psi),
+                            r=torch.where(same, 1 / (1 + c_z), torch.ones_like(o)))
         loss = (self._loss(t) * self.rate[i]).clamp(min=0)
         if not grad: return loss, None, None
         by_h, by_y, at_slots = self._gradient(t, h)
@@ -104,9 +104,9 @@ class _ScoreRows:
 
     def _loss(self, t):
         "The braces of Eq. (2)."
-        D = torch.where(t.same, -_log_ratio(t.c_z, t.q[:, 1], t.not_q[:, 1]), -torch.log1p(t.y_z))
+        D = torch.where(t.same, -_log_ratio(t.c_z, t.q[:, 1]), -torch.log1p(t.y_z))
         loss = self.pi * t.r * (t.c * t.S * torch.expm1(D) + t.n * _phi(D) + t.psi)
-        loss = loss + (self.pi + t.o) * _phi(_log_ratio(t.c, t.q[:, 0], t.not_q[:, 0]) + D) * ~t.same
+        loss = loss + (self.pi + t.o) * _phi(_log_ratio(t.c, t.q[:, 0]) + D) * ~t.same
         if self.masked: loss = loss + self.pi_m * t.r * _phi(torch.log1p(t.o / self.pi_m * t.q[:, 2]) + D) * t.once[:, 2]
         return loss
 
@@ -160,7 +160,8 @@ def _blocks(n, table):
 
 def _refuse_second():
     "Backward passes run with gradients enabled only if their own derivative is asked for."
-    if torch.is_grad_enabled(): raise RuntimeError("the losses of duo.likelihood have one derivative only: differentiate without create_graph=True")
+    if torch.is_grad_enabled():
+        raise RuntimeError("the losses of duo.likelihood have one derivative only: differentiate without create_graph=True")
 
 
 class _Dense(torch.autograd.Function):
@@ -195,8 +196,9 @@ def _check(process, name, table, x0, xt):
 def nelbo(process, log_p, x0, xt, alpha, alpha_dot):
     """Integrand of the continuous-time bound at one t, (B, L) in nats, never negative (paper I Eq. 17; MDLM for the absorbing prior).
 
-    log_p (B, L, K) = log x_θ, normalised, may hold −inf, as at the mask; x0, xt (B, L); alpha in (0, 1) and alpha_dot = dα/dt ≤ 0 are floats or
-    broadcast to (B, L) and get no gradient. Uniform, Absorbing or Hybrid process. float32 inputs are evaluated to about 1e-6. Raises ValueError on shapes.
+    process: Uniform, Absorbing (where log_p at the mask is ignored) or Hybrid. log_p (B, L, K) = log x_θ, normalised, may hold −inf, as at
+    the mask; x0, xt (B, L); alpha in (0, 1) and alpha_dot = dα/dt ≤ 0 are floats or broadcast to (B, L) and get no gradient. float32
+    inputs are evaluated to about 1e-6. One derivative only. Raises ValueError on shapes.
     """
     _check(process, "log_p", log_p, x0, xt)
     a, a_dot = _per_token(alpha, x0), _per_token(alpha_dot, x0)
@@ -268,7 +270,7 @@ class _Head(torch.autograd.Function):
 def _fused(rows, hidden, weight, bias, weights, chunk):
     "Loss (n,) of `rows` on the logits hidden @ weightᵀ + bias, (n, K), which never exist as a whole."
     if hidden.shape[-1] != weight.shape[1]:
-        raise ValueError(f"weight has shape {tuple(weight.shape)}, but hidden states of size {hidden.shape[-1]} ask for (K, {hidden.shape[-1]})")
+        raise ValueError(f"weight has shape {tuple(weight.shape)}, but the hidden states ask for (K, {hidden.shape[-1]})")
     kind, dtype, wide = hidden.device.type, hidden.dtype, _wide(hidden.dtype)
     if torch.is_autocast_enabled(kind) and dtype != torch.float64: dtype = torch.get_autocast_dtype(kind)
     if dtype == torch.float16: dtype = torch.float32
@@ -287,9 +289,10 @@ def _flat(weights, x0):
 def linear_nelbo(process, hidden, weight, bias, x0, xt, alpha, alpha_dot, chunk=None, weights=None):
     """`nelbo` of log_softmax(hidden @ weightᵀ + bias), (B, L) in nats, without ever holding the logits (paper I Eq. 17).
 
-    hidden (B, L, D), weight (K, D), bias (K,) or None get gradients; alpha, alpha_dot as in `nelbo`. Under Absorbing the mask's logit counts as −inf.
-    `chunk` tokens have logits at a time (default: 64 MiB of them). `weights`, broadcast to (B, L): a hint that the result will be summed with
-    these weights times any constant (default: equal ones); any other use costs a second pass. One derivative only. Raises ValueError on shapes.
+    hidden (B, L, D), weight (K, D), bias (K,) or None get gradients; alpha, alpha_dot as in `nelbo`. Under Absorbing the mask's logit
+    counts as −inf. `chunk` tokens have logits at a time (default: 64 MiB of them). `weights`, broadcast to (B, L): a hint that the result
+    will be summed with these weights times any constant (default: equal ones); any other use costs a second pass. One derivative only.
+    Raises ValueError on shapes.
     """
     if (len(weight),) != (process.vocab_size,) or hidden.shape[:-1] != x0.shape or xt.shape != x0.shape:
         raise ValueError(f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}, x0 {tuple(x0.shape)}, xt {tuple(xt.shape)}: "
@@ -346,9 +349,10 @@ def score_nelbo(process, log_score, x0, xt, alpha, alpha_dot):
 
 # %% ../nbs/04_likelihood.ipynb #6b8c9241
 def prior_loss(process, x0, alpha):
-    """KL(q_1(·|x0) ‖ π), (B, L) float64 nats, for the level alpha = α_1 that the schedule leaves at t = 1 (paper I Section 2); 0 at alpha = 0.
+    """KL(q_1(·|x0) ‖ π), (B, L) float64 nats, for the level alpha = α_1 that the schedule leaves at t = 1 (paper I, Section 2).
 
-    Absorbing: alpha·log(K − 1), the price of a start with alpha spread evenly over the clean tokens; against π itself it would be infinite.
+    It is 0 at alpha = 0. Absorbing: alpha·log(K − 1), the price of a start with alpha spread evenly over the clean tokens; against π
+    itself it would be infinite.
     """
     a = _per_token(alpha, x0).reshape(x0.shape)
     if process.p_uniform == 0: return a * math.log(process.vocab_size - 1)
@@ -368,10 +372,11 @@ def reconstruction_loss(process, log_p, x0, xt, alpha):
 
 # %% ../nbs/04_likelihood.ipynb #c4010695
 def d3pm_nelbo(process, log_p, x0, xt, t, T, schedule):
-    """T · KL(q(x_s | x_t, x0) ‖ q(x_s | x_t, x_θ)) with s = t − 1/T, (B, L) in nats, never negative (Austin et al. 2021; paper I Section 2).
+    """T · KL(q(x_s | x_t, x0) ‖ q(x_s | x_t, x_θ)) with s = t − 1/T, (B, L) in nats, never negative (Austin et al. 2021).
 
-    t, a float or broadcast to (B, L), is a multiple of 1/T; the factor T makes the mean over t = 1/T, …, 1 the bound (without `prior_loss`).
-    The last step, t = 1/T, goes to the clean token: −T·log q(x0 | x_t, x_θ). Exact, dense, in float64 inside; log_p (B, L, K) as in `nelbo`.
+    t, a float or broadcast to (B, L), is a multiple of 1/T; the factor T makes the mean over t = 1/T, …, 1 the bound (without
+    `prior_loss`). The last step, t = 1/T, goes to the clean token: −T·log q(x0 | x_t, x_θ). Exact, dense, in float64 inside; log_p
+    (B, L, K) as in `nelbo`.
     """
     _check(process, "log_p", log_p, x0, xt)
     t, log_p, wide = _per_token(t, x0).reshape(x0.shape), log_p.double().clamp(max=0), _wide(log_p.dtype)
@@ -379,11 +384,12 @@ def d3pm_nelbo(process, log_p, x0, xt, t, T, schedule):
     at, a_s = schedule.alpha(t), schedule.alpha(torch.where(last, t / 2, t - 1 / T))                   # t / 2 is not used
     end = reconstruction_loss(process, log_p, x0, xt, at)
     if process.p_uniform == 0: return (T * torch.where(last, end, (a_s - at) / (1 - at) * end)).to(wide)
-    x, z, same, prior = x0[..., None], xt[..., None], x0 == xt, process.prior_at(torch.arange(process.vocab_size, device=x0.device)).clamp(min=1e-30)
+    prior = process.prior_at(torch.arange(process.vocab_size, device=x0.device)).clamp(min=1e-30)
+    x, z, same = x0[..., None], xt[..., None], x0 == xt
     (log_x, log_z), (o_s, o_t) = (log_p.gather(-1, i) for i in (x, z)), ((a / (1 - a))[..., None] for a in (a_s, at))
     c_z = o_t / prior[z]
-    D = torch.where(same[..., None], -_log_ratio(c_z, log_z.exp(), -torch.expm1(log_z)), -torch.log1p(c_z * log_z.exp()))
-    v = torch.log1p(o_s / prior * log_p.exp()).scatter(-1, x, _log_ratio(o_s / prior[x], log_x.exp(), -torch.expm1(log_x))) + D
+    D = torch.where(same[..., None], -_log_ratio(c_z, log_z.exp()), -torch.log1p(c_z * log_z.exp()))
+    v = torch.log1p(o_s / prior * log_p.exp()).scatter(-1, x, _log_ratio(o_s / prior[x], log_x.exp())) + D
     step = ((a_s - at) / a_s)[..., None]                                                             # 1 − α_{t|s}
     q = ((1 - a_s)[..., None] * prior).scatter_add(-1, x, a_s[..., None]) * (step * prior[z])
     q = q.scatter(-1, z, q.gather(-1, z) * (1 + (1 - step) / (step * prior[z]))) / ((1 - at) * prior[xt] + at * same)[..., None]
@@ -392,8 +398,8 @@ def d3pm_nelbo(process, log_p, x0, xt, t, T, schedule):
 # %% ../nbs/04_likelihood.ipynb #f02882b6
 @dataclass(frozen=True)
 class Method:
-    """One row of the table of methods: prior "uniform", "absorbing" or None (left to right), objective "nelbo" or "nll", the schedule of its paper
-    (None for "ar"), whether the curriculum of `07_curriculum` applies, and where it comes from."""
+    """One row of the table of methods: prior "uniform", "absorbing" or None (left to right), objective "nelbo" or "nll", the schedule of
+    its paper (None for "ar"), whether the curriculum of `07_curriculum` applies, and where it comes from."""
     name: str
     prior: str | None
     objective: str
@@ -417,7 +423,7 @@ def _method(method):
 
 
 def make_process(method, vocab_size):
-    "The process of a method (a name or a `Method`) for a tokenizer of `vocab_size` symbols, None for \"ar\"; the mask is symbol `vocab_size`."
+    "The process of a method (a name or a `Method`) for a tokenizer of `vocab_size` symbols, None for `ar`; the mask comes last."
     prior = _method(method).prior
     if prior is None: return None
     return Uniform(vocab_size) if prior == "uniform" else Absorbing(vocab_size + 1, mask_id=vocab_size)
