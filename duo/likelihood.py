@@ -203,7 +203,7 @@ def nelbo(process, log_p, x0, xt, alpha, alpha_dot):
     _check(process, "log_p", log_p, x0, xt)
     a, a_dot = _per_token(alpha, x0), _per_token(alpha_dot, x0)
     if process.p_uniform == 0:
-        weight = (-a_dot / (1 - a)).reshape(x0.shape).to(_wide(log_p.dtype))
+        weight = (-a_dot / (1 - a).clamp(min=1e-30)).reshape(x0.shape).to(_wide(log_p.dtype))
         return torch.where(xt == process.mask_id, -log_p.gather(-1, x0[..., None]).squeeze(-1) * weight, 0)
     rows = _ScoreRows(process, x0.reshape(-1), xt.reshape(-1), a, a_dot, logits=False)
     return _Dense.apply(log_p.reshape(-1, log_p.shape[-1]), rows).reshape(x0.shape)
@@ -302,7 +302,7 @@ def linear_nelbo(process, hidden, weight, bias, x0, xt, alpha, alpha_dot, chunk=
     if process.p_uniform > 0:
         return _fused(_ScoreRows(process, x, z, a, a_dot, logits=True), flat, weight, bias, w, chunk).reshape(x0.shape)
     masked = (z == process.mask_id).nonzero().squeeze(1)
-    rows = _entropy_rows(x[masked], (-a_dot / (1 - a))[masked], process.mask_id if process.hides_mask else None)
+    rows = _entropy_rows(x[masked], (-a_dot / (1 - a).clamp(min=1e-30))[masked], process.mask_id if process.hides_mask else None)
     loss = _fused(rows, flat.index_select(0, masked), weight, bias, None if w is None else w[masked], chunk)
     return loss.new_zeros(len(x)).index_copy(0, masked, loss).reshape(x0.shape)
 
