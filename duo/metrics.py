@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Estimate', 'estimate', 'ratio', 'perplexity', 'bits_per_character', 'bits_per_dimension', 'Scores', 'Bound',
-           'evaluate_bound', 'unigram_entropy', 'words', 'word_share', 'CausalLM', 'generative_perplexity', 'frontier']
+           'evaluate_bound', 'unigram_entropy', 'words', 'word_share', 'CausalLM', 'generative_perplexity', 'quality',
+           'frontier']
 
 # %% ../nbs/12_metrics.ipynb #fe273e10
 import contextlib
@@ -138,7 +139,7 @@ def _progress(items, show: bool):
     """The items behind a progress bar, where one is wanted and tqdm is installed."""
     if show:
         with contextlib.suppress(ImportError):
-            from tqdm.auto import tqdm
+            from tqdm import tqdm
             return tqdm(items, leave=False)
     return items
 
@@ -269,6 +270,19 @@ def generative_perplexity(texts, judge, batch_size: int = 8) -> Scores:
     """
     judge = CausalLM(judge) if isinstance(judge, (str, Path)) else judge
     return judge.nll(list(texts), batch_size=batch_size)
+
+# %% ../nbs/12_metrics.ipynb #ad56683f
+def quality(texts, tokens, judge=None, vocabulary=None) -> dict:
+    """Flat numbers about samples, `texts` and their tokens (N, L): entropy (nats); with a judge (see `generative_perplexity`) bits_per_character and
+    generative_perplexity; with a vocabulary (a set of lower-case words) word_share, nan where no text holds a whole word. `_se`: standard errors."""
+    found = {"entropy": unigram_entropy(tokens)}
+    if judge is not None:
+        scores = generative_perplexity(texts, judge)
+        found |= {"bits_per_character": scores.bits_per_character(), "generative_perplexity": scores.perplexity()}
+    if vocabulary is not None:
+        whole = any(words(t, cut=True) for t in texts)
+        found["word_share"] = word_share(texts, vocabulary) if whole else Estimate(math.nan, math.nan, 0)
+    return {key: value for name, e in found.items() for key, value in ((name, e.mean), (f"{name}_se", e.se))}
 
 # %% ../nbs/12_metrics.ipynb #dc11a60e
 def frontier(points, y: str = "generative_perplexity", ax=None, real: str = "real text"):

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['RANGES', 'CHECKS', 'USAGE', 'RunError', 'find_root', 'targets', 'find_target', 'Parameter', 'read_parameters',
-           'read_yaml', 'read_overrides', 'check_ranges', 'check_data', 'check_train', 'check_checkpoint', 'check',
-           'Run', 'machine', 'environment', 'Screen', 'Stopped', 'Job', 'plan', 'run', 'table', 'describe', 'main']
+           'read_yaml', 'read_overrides', 'check_ranges', 'check_data', 'check_train', 'check_checkpoint',
+           'check_sample', 'check_distil', 'check', 'Run', 'machine', 'environment', 'Screen', 'Stopped', 'Job', 'plan',
+           'run', 'table', 'describe', 'main']
 
 # %% ../nbs/15_runs.ipynb #36b9bc49
 import ast
@@ -386,8 +387,33 @@ def check_checkpoint(params):
     return out
 
 
-CHECKS = {"train": check_train, "sample": check_checkpoint, "likelihood": check_checkpoint, "zero_shot": check_checkpoint,
-          "distil": check_checkpoint}
+def check_sample(params):
+    """Those of `check_checkpoint`, and a sampler whose scalars do not go together (`samplers.make_sampler`)."""
+    from duo.samplers import make_sampler
+
+    out = check_checkpoint(params)
+    try:
+        make_sampler(params["sampler"], params["kappa"], params["eta"])
+    except ValueError as error:
+        out.append(f"sampler: {error}")
+    return out
+
+
+def check_distil(params):
+    """Those of `check_checkpoint`, a window of α that is none, and a checkpoint of a method whose prior is not uniform."""
+    from duo.likelihood import METHODS
+
+    out, path = check_checkpoint(params), Path(params["checkpoint"], "config.json")
+    if not 0 < params["alpha_min"] < params["alpha_max"] < 1:
+        out.append(f"alpha_min: given {params['alpha_min']} with alpha_max {params['alpha_max']}; allowed: 0 < alpha_min < alpha_max < 1")
+    uniform = [name for name, method in METHODS.items() if method.prior == "uniform"]
+    if not out and path.is_file() and (method := json.loads(path.read_text(encoding="utf-8"))["method"]) not in uniform:
+        out.append(f"checkpoint: given {params['checkpoint']}, a model of method {method}; allowed: {', '.join(uniform)}")
+    return out
+
+
+CHECKS = {"train": check_train, "sample": check_sample, "likelihood": check_checkpoint, "zero_shot": check_checkpoint,
+          "distil": check_distil}
 
 # %% ../nbs/15_runs.ipynb #da52a05a
 def check(verb, params, root):

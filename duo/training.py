@@ -71,9 +71,10 @@ def bound(net, process, schedule, x0, generator=None, curriculum=None, first=0, 
 
 
 def ar_loss(net, x0, bos):
-    """−log p(x^i | x^{<i}) in nats, (B, L), of a causal net whose first input is the token `bos`; exact, not a bound."""
+    """−log p(x^i | x^{<i}) in nats, (B, L), of a causal net whose first input is the token
+    `bos`, the last of the vocabulary, which is never predicted; exact, not a bound."""
     x = torch.cat([torch.full_like(x0[:, :1], bos), x0[:, :-1]], 1)
-    return linear_ar_nll(net.hidden(x), net.head.weight, net.head.bias, x0)
+    return linear_ar_nll(net.hidden(x), net.head.weight[:bos], net.head.bias[:bos], x0)
 
 # %% ../nbs/09_training.ipynb #20e5a59b
 class Training(L.LightningModule):
