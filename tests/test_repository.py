@@ -47,9 +47,11 @@ def test_notebooks_are_clean(tmp_path):
 def test_rooms_import_lower_rooms_only():
     assert sorted(p.stem for p in MODULES) == sorted(ROOMS)
     for module in MODULES:
-        used = set(re.findall(r"^\s*from \.(\w+) import|^\s*from duo\.(\w+) import|^\s*import duo\.(\w+)", module.read_text(), re.M))
-        for name in {n for group in used for n in group if n}:
-            assert ROOMS[name] < ROOMS[module.stem], f"{module.stem} imports {name}"
+        for node in ast.walk(ast.parse(module.read_text())):
+            name = (node.module or "") if isinstance(node, ast.ImportFrom) and node.level == 1 else ""
+            if name:
+                assert ROOMS[name] < ROOMS[module.stem], f"{module.stem} imports {name}"
+            assert not (isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in ("nbdev", "fastcore")), module
 
 
 @pytest.mark.parametrize("module, refused", [
