@@ -177,12 +177,6 @@ def test_a_wrong_parameters_cell_is_refused(root, capsys, cells, words):
     assert refused(capsys, "toy/first") == [f"nbs/run/toy.ipynb: {words}"]
 
 
-def test_parameters_are_read_without_executing(root):
-    notebook(root / "nbs/run/toy.ipynb", "import nothing_of_this_name\noutput: str = ''  # the # folder\nx: float | None = -1e-3  # in s\ny: int = 2\n")
-    found = runs.read_parameters(root / "nbs/run/toy.ipynb")
-    assert [(p.default, p.meaning) for p in found.values()] == [("", "the # folder"), (-1e-3, "in s"), (2, "")]
-
-
 def test_help_and_list(root, capsys):
     assert runs.main(["--list"]) == runs.main(["toy/first", "--help"]) == runs.main(["--help"]) == 0
     out = capsys.readouterr().out
@@ -327,23 +321,3 @@ def test_a_run_inside_of_a_run(root, capsys):
     assert "15/30" in capsys.readouterr().err, "the inner bar reaches the terminal"
     assert runs.Run("outputs/nested/first").metrics() == runs.Run("outputs/nested/first/inner").metrics() != {}
     assert "15/30" not in (root / "outputs/nested/first/notebook.ipynb").read_text()
-
-
-NOTEBOOKS = sorted((REPOSITORY / "nbs/run").glob("*.ipynb"))
-FILES = sorted((REPOSITORY / "parameters").glob("*/*.yaml"))
-
-
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
-def test_every_run_notebook_declares_its_parameters(path):
-    found = runs.read_parameters(path)
-    assert all(p.meaning for p in found.values()), f"no meaning: {[p.name for p in found.values() if not p.meaning]}"
-    assert (REPOSITORY / "parameters" / path.stem).is_dir(), "no parameter file"
-
-
-@pytest.mark.parametrize("path", FILES, ids=lambda p: f"{p.parent.name}/{p.stem}")
-def test_every_parameter_file_fits_its_notebook(path):
-    values, problems = runs.read_yaml(path, runs.read_parameters(REPOSITORY / f"nbs/run/{path.parent.name}.ipynb"), REPOSITORY)
-    assert not problems
-    assert path.read_text().startswith("# "), "the first line says which experiment this is"
-    elsewhere = {"checkpoint", "data"}  # what another run, or the reader, has to provide first
-    assert [p for p in runs.check(path.parent.name, values, REPOSITORY) if p.split(":")[0] not in elsewhere] == []
