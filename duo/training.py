@@ -200,6 +200,7 @@ class Progress(Callback):
         self.bar.update(trainer.global_step - self.bar.n)
 
     def on_validation_end(self, trainer, module):
+        """A row of the curve, written whole."""
         if trainer.sanity_checking or not trainer.is_global_zero:
             return
         row = (trainer.global_step, trainer.global_step * self.tokens, self.elapsed,
