@@ -356,7 +356,7 @@ def _client(stop):
 # %% ../nbs/15_runs.ipynb #10a6a372
 def _scrub(text, root):
     """The text of a notebook without the machine's folders: paths relative to the root, `~` for the home folder."""
-    text = re.sub(r"[^\s\"'<>]*[/\\]ipykernel_\d+[/\\]\d+\.py", "cell", text)
+    text = re.sub(r"(?<![^\s\"'<>])[^\s\"'<>]*[/\\]ipykernel_\d+[/\\]\d+\.py", "cell", text)  # from a word's start: a picture is one long word
     package, python, base = Path(duo.__file__).resolve().parents[1], Path(sys.prefix), Path(sys.base_prefix)
     for folder, word in ((Path(root), ""), (package, ""), (python, "python/"), (base, "python/"), (Path.home(), "~/")):
         if len(folder.parts) > 1:
