@@ -302,7 +302,8 @@ def gone(pid, patience=10):
     ("nested/first", "outputs/nested/first/inner", signal.SIGKILL, -9),
 ])
 def test_no_kernel_outlives_its_run(root, target, folder, number, status):
-    process = subprocess.Popen([*COMMAND, target, "kind=slow"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(REPOSITORY)})
+    process = subprocess.Popen([*COMMAND, target, "kind=slow"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # as in a terminal: a background shell ignores it
     try:
         pid = kernel_of(root / folder, process)
         process.send_signal(number)
