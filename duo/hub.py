@@ -198,7 +198,10 @@ def _write(path: Path, content, dtype: torch.dtype):
     if isinstance(content, bytes):
         path.write_bytes(content)
     else:
+        path.touch()
+        mode = path.stat().st_mode  # as the user's umask has it; safetensors leaves 0600
         save_file({name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in content.items()}, path, metadata={"format": "pt"})
+        path.chmod(mode)
     with open(path, "rb+") as file:
         os.fsync(file.fileno())
 
