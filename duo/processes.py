@@ -195,48 +195,55 @@ def nucleus(w, top_p):
     return torch.zeros_like(w).scatter_(-1, ids, torch.where(cdf - heavy < top_p * cdf[:, -1:], heavy, 0))
 
 # %% ../nbs/02_processes.ipynb #29221375
-def _in_nucleus(w, sums, x, top_p):
-    "Whether token `x` (n,) belongs to the nucleus of its row of `w` (n, K), whose chunk sums are `sums`: (n,) bool."
-    w_x, goal = w.gather(-1, x[:, None]), top_p * sums.sum(-1)
-    scratch = torch.gt(w, w_x, out=torch.empty_like(w)).mul_(w)
-    ahead = _chunk_sums(scratch).sum(-1)
-    ties = torch.eq(w, w_x, out=scratch).sum(-1).double() - 1
-    inside = ahead < goal
-    near = ((ahead < goal * (1 + 1e-5)) & (ahead + ties * w_x[:, 0] >= goal * (1 - 1e-5))).nonzero()[:, 0]
+def _ahead(w, x, goal):
+    """What is heavier than token `x` (n,) in rows of weights `w` (n, K): the row with all else at zero, its chunk sums, and whether x belongs
+    to the nucleus that holds `goal` (n,) float64. If it doesn't, the row still holds all of the nucleus."""
+    w_x, ahead = w.gather(-1, x[:, None]), torch.empty_like(w)
+    ties = torch.eq(w, w_x, out=ahead).sum(-1).double() - 1
+    sums = _chunk_sums(torch.gt(w, w_x, out=ahead).mul_(w))
+    mass = sums.sum(-1)
+    inside = mass < goal
+    near = ((mass < goal * (1 + 1e-5)) & (mass + ties * w_x[:, 0] >= goal * (1 - 1e-5))).nonzero()[:, 0]
     if len(near):  # the set's edge runs through, or close to, tokens as probable as x: order those by index and sum in float64
-        w, w_x, x = w[near].double(), w_x[near], x[near, None]
-        first = (w > w_x) | ((w == w_x) & (torch.arange(w.shape[-1], device=w.device) < x))
-        inside[near] = (w * first).sum(-1) < top_p * w.sum(-1)
-    return inside
+        rows, w_x, place = w[near], w_x[near], torch.arange(w.shape[-1], device=w.device)
+        ahead[near] = rows * ((rows > w_x) | ((rows == w_x) & (place < x[near, None])))
+        sums[near], inside[near] = _chunk_sums(ahead[near]), ahead[near].sum(-1, dtype=torch.float64) < goal[near]
+    return ahead, sums, inside
 
 # %% ../nbs/02_processes.ipynb #df9a8ce7
-def _draw_clean(w, sums, xt, a, top_p, generator):
-    """x_0 ~ q(x_0 | x_t, x_θ) for rows of weights `w` (n, K): (still, token), each (n,).
-
-    `sums` are the chunk sums of `w` and `a` (n,) is P(still) before truncation.
-    """
+def _draw_clean(w, sums, xt, pi_xt, t, goal, generator):
+    """x_0 ~ q(x_0 | x_t, x_θ) for rows of weights `w` (n, K) with chunk sums `sums`: (still, token), each (n,). Where `goal` (n,) is given, x_θ is
+    cut to the nucleus that holds it, of which `w` may have been the first attempt."""
+    a, _ = _still(pi_xt * sums.sum(-1), w.gather(-1, xt[:, None])[:, 0], t)
     still = torch.rand(a.shape, dtype=torch.float64, generator=generator, device=w.device) < a
     token = torch.where(still, xt, _pick(w, sums, generator))
-    if top_p < 1:
-        again = (~_in_nucleus(w, sums, token, top_p)).nonzero()[:, 0]
+    if goal is not None:
+        w, sums, inside = _ahead(w, token, goal)
+        again = (~inside).nonzero()[:, 0]
         if len(again):
-            a = torch.where(still, 0.0, a)[again]
-            still[again], token[again] = _draw_clean(w[again], sums[again], xt[again], a, top_p, generator)
+            rest = (v[again] for v in (w, sums, xt, pi_xt, t, goal))
+            still[again], token[again] = _draw_clean(*rest, generator)
     return still, token
 
 # %% ../nbs/02_processes.ipynb #1089ea36
-def _read(logits, ids, hidden):
-    "Softmax of the rows `ids` of `logits` (N, K) without the symbol `hidden`, a few rows at a time: yields (ids, (n, K) probabilities)."
-    # some 4 MB at a time on a CPU, which stay in its cache, 256 MB elsewhere; the two buffers are reused
-    n = min(len(ids), max(1, 2 ** (20 if logits.device.type == "cpu" else 26) // logits.shape[-1]))
-    x = logits.new_empty(n, logits.shape[-1])
-    dtype = torch.float64 if logits.shape[-1] <= 1024 else torch.promote_types(x.dtype, torch.float32)
-    p = x.new_empty(x.shape, dtype=dtype)
-    for i in ids.split(max(n, 1)):
-        row = torch.index_select(logits, 0, i, out=x[:len(i)])
-        if hidden is not None:
-            row[:, hidden] = -torch.inf
-        yield i, torch.softmax(row, -1, dtype=dtype, out=p[:len(i)])
+def _read(logits, ids, K, hidden):
+    """Softmax of the rows `ids` of `logits` (N, K), or of `logits(ids)`, without the symbol `hidden`, a few rows at a time: yields
+    (ids, (n, K) probabilities)."""
+    # some 4 MB at a time on a CPU, which stay in its cache, 256 MB elsewhere, in two buffers that are reused; sixteen times that from a function
+    n, x = max(1, 2 ** (20 if ids.device.type == "cpu" else 26) // K), None
+    for part in ids.split(16 * n if callable(logits) else max(1, len(ids))):
+        table, rows = (logits(part), torch.arange(len(part), device=ids.device)) if callable(logits) else (logits, part)
+        if table.shape[1:] != (K,) or callable(logits) and len(table) != len(part):
+            raise ValueError(f"logits must give {(len(part), K)} for {len(part)} positions, got {tuple(table.shape)}")
+        if x is None:
+            dtype = torch.float64 if K <= 1024 else torch.promote_types(table.dtype, torch.float32)
+            x = table.new_empty(min(n, len(part)), K)
+            p = x.new_empty(x.shape, dtype=dtype)
+        for i, at in zip(rows.split(n), part.split(n)):
+            row = torch.index_select(table, 0, i, out=x[:len(i)])
+            if hidden is not None:
+                row[:, hidden] = -torch.inf
+            yield at, torch.softmax(row, -1, dtype=dtype, out=p[:len(i)])
 
 
 @_method
@@ -244,13 +251,17 @@ def _read(logits, ids, hidden):
 def draw(self, logits, xt, alpha_s, alpha_t, kappa=1.0, top_p=1.0, generator=None):
     """x_s ~ Ψ(x_s | x_t): `(B, L)` int64, drawn exactly from `logits` (B, L, K) and `xt` (B, L) (paper II, Eq. 12; κ = 1: paper I, Eq. 4).
 
-    `alpha_s` ≥ `alpha_t` and `kappa` are floats or broadcast to (B, L). `top_p` < 1 truncates x_θ to its nucleus before the posterior
-    is formed. Under `Absorbing` the mask's logit counts as −∞. Logits may be −inf. Raises ValueError for plain numbers out of range.
+    In place of the tensor, `logits` may be a function of positions (n,) int64 in xt.reshape(-1) that returns their logits (n, K); it is called
+    for those alone whose outcome depends on the network. `alpha_s` ≥ `alpha_t` and `kappa` are floats or broadcast to (B, L). `top_p` < 1
+    truncates x_θ to its nucleus before the posterior is formed. Under `Absorbing` the mask's logit counts as −∞. Logits may be −inf. Raises
+    ValueError for plain numbers out of range and for logits of another shape.
     """
     _check(top_p, alpha_s=alpha_s, alpha_t=alpha_t, kappa=kappa)
-    if logits.shape != (*xt.shape, self.vocab_size):
-        raise ValueError(f"logits must have shape {(*xt.shape, self.vocab_size)}, got {tuple(logits.shape)}")
-    rows, z = logits.reshape(-1, self.vocab_size), xt.reshape(-1).long()
+    if not callable(logits):
+        if logits.shape != (*xt.shape, self.vocab_size):
+            raise ValueError(f"logits must have shape {(*xt.shape, self.vocab_size)}, got {tuple(logits.shape)}")
+        logits = logits.reshape(-1, self.vocab_size)
+    z = xt.reshape(-1).long()
     s, t, k = (_f64(v, xt).expand(xt.shape).reshape(-1) for v in (alpha_s, alpha_t, kappa))
     (still_keep, _, _), (hit_keep, hit_model, _) = _fates(s, t, k)
     pi_z, model_end = self.prior_at(z), hit_keep + hit_model
@@ -259,10 +270,9 @@ def draw(self, logits, xt, alpha_s, alpha_t, kappa=1.0, top_p=1.0, generator=Non
     high = torch.where(surely_hit, model_end, still_keep)
     u = torch.rand(z.shape, dtype=torch.float64, generator=generator, device=z.device)
     out = torch.where(u < low, z, self.sample_prior(z.shape, generator, z.device))
-    for i, w in _read(rows, ((u >= low) & (u < high)).nonzero()[:, 0], self.mask_id if self.hides_mask else None):
-        w, p_left = (nucleus(w, top_p), 1.0) if top_p < 0.5 else (w, top_p)
-        sums = _chunk_sums(w)
-        a, _ = _still(pi_z[i], w.gather(-1, z[i, None])[:, 0] / sums.sum(-1), t[i])
-        still, token = _draw_clean(w, sums, z[i], a, p_left, generator)
+    asked = ((u >= low) & (u < high)).nonzero()[:, 0]
+    for i, w in _read(logits, asked, self.vocab_size, self.mask_id if self.hides_mask else None):
+        goal = top_p * w.sum(-1, dtype=torch.float64) if top_p < 1 else None
+        still, token = _draw_clean(w, _chunk_sums(w), z[i], pi_z[i], t[i], goal, generator)
         out[i] = torch.where(still, z[i], torch.where(u[i] < model_end[i], token, out[i]))
     return out.view(xt.shape)
