@@ -5,13 +5,15 @@
 # %% auto #0
 __all__ = ['RANGES', 'CHECKS', 'RunError', 'find_root', 'relative', 'targets', 'find_target', 'Parameter', 'read_parameters',
            'read_yaml', 'read_overrides', 'read_keywords', 'check_ranges', 'check_data', 'check_window', 'check_train',
-           'check_checkpoint', 'check_sample', 'check_distil', 'check', 'Job', 'plan', 'table', 'listing', 'describe']
+           'check_checkpoint', 'check_sample', 'check_distil', 'launcher', 'processes', 'check_devices', 'check', 'Job',
+           'plan', 'table', 'listing', 'describe']
 
 # %% ../nbs/14_parameters.ipynb #66f8238d
 import ast
 import contextlib
 import csv
 import difflib
+import importlib.util
 import io
 import itertools
 import json
@@ -290,7 +292,7 @@ def read_keywords(given, parameters):
     return values, problems
 
 # %% ../nbs/14_parameters.ipynb #a3e035f9
-_AT_LEAST_ONE = ("length hidden_size n_blocks n_heads cond_dim batch_size device_batch_size max_steps top_k valid_every valid_draws "
+_AT_LEAST_ONE = ("length hidden_size n_blocks n_heads cond_dim batch_size device_batch_size devices max_steps top_k valid_every valid_draws "
                  "valid_blocks checkpoint_every n steps draws rounds steps_per_round").split()
 RANGES = {key: (lambda v: v >= 1, "at least 1") for key in _AT_LEAST_ONE}
 RANGES |= {key: (lambda v: v >= 0, "at least 0") for key in "warmup_steps curriculum_steps weight_decay grad_clip seed".split()}
@@ -351,8 +353,6 @@ def check_train(params):
     p, out = params, check_data(params) + check_window(params)
     if p["n_heads"] > 0 and (p["hidden_size"] % p["n_heads"] or p["hidden_size"] // p["n_heads"] % 2):
         out.append(f"hidden_size: given {p['hidden_size']} for {p['n_heads']} heads; allowed: n_heads times an even number")
-    if (p["device_batch_size"] or 0) > 0 and p["batch_size"] % p["device_batch_size"]:
-        out.append(f"batch_size: given {p['batch_size']}; allowed: a multiple of device_batch_size, {p['device_batch_size']}")
     if p["curriculum"] != "none" and p["method"] != "duo":
         out.append(f"curriculum: given {p['curriculum']} with method {p['method']}; allowed: none (duo alone has a curriculum)")
     if p["curriculum"] != "none" and p["curriculum_steps"] > p["max_steps"]:
@@ -430,9 +430,50 @@ CHECKS = {"train": check_train, "sample": check_sample, "likelihood": check_chec
           "distil": check_distil}
 
 # %% ../nbs/14_parameters.ipynb #e1630eff
-def check(verb, params, root):
-    """The problems that `check_ranges` and `CHECKS[verb]` find, as "key: …"; paths in the parameters are relative to the root."""
+def launcher():
+    """Who started this process as one of several: "torchrun", "srun", or None."""
+    return "torchrun" if "TORCHELASTIC_RUN_ID" in os.environ else "srun" if "SLURM_STEP_ID" in os.environ else None
+
+
+def _gpus():
+    """The GPUs of this machine."""
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def processes(devices=None):
+    """How many processes train together: as the launcher says, else one for each of `devices` (None: all GPUs, or one)."""
+    started = {"torchrun": "WORLD_SIZE", "srun": "SLURM_NTASKS"}.get(launcher())
+    return int(os.environ[started]) if started else devices or max(1, _gpus())
+
+
+def check_devices(params, world=None):
+    """Problems of a training on several devices, `world` of them once it is launched: a batch that they cannot share evenly, more GPUs than
+    there are, fsdp without a launcher, a logger that is not installed."""
+    out, p, launched = [], params, world is not None or launcher() is not None
+    world = world or processes(p["devices"])
+    rows = p["device_batch_size"] or max(1, p["batch_size"] // world)
+    if rows > 0 and p["batch_size"] % (rows * world):
+        out.append(f"batch_size: given {p['batch_size']} for {world} device{'s' * (world > 1)} of {rows}; allowed: a multiple of {rows * world}")
+    if not launched and p["devices"] and 0 < _gpus() < p["devices"]:
+        out.append(f"devices: given {p['devices']}; allowed: up to {_gpus()}, the GPUs of this machine")
+    if p["strategy"] == "fsdp" and world > 1 and not launched:
+        out.append(f"strategy: given fsdp in one process; allowed: under torchrun or srun, as in "
+                   f"torchrun --standalone --nproc-per-node {world} --no-python duo-run ...")
+    if p["strategy"] == "fsdp" and p.get("compile"):
+        out.append("compile: given true with strategy fsdp; allowed: false")
+    if (name := p.get("logger", "csv")) != "csv" and importlib.util.find_spec(name) is None:
+        out.append(f"logger: given {name}, which is not installed; pip install 'duo-diffusion[{name}]' brings it")
+    return out
+
+# %% ../nbs/14_parameters.ipynb #149d33a4
+def check(verb, params, root, world=None):
+    """The problems that `check_ranges`, `check_devices` (for `world` processes, if the launcher is yet to come) and `CHECKS[verb]` find, as
+    "key: …"; paths in the parameters are relative to the root."""
     problems = check_ranges(params)
+    if "devices" in params and not problems:
+        problems += check_devices(params, world)
     with contextlib.chdir(root):
         try:
             return problems + list(CHECKS[verb](params) or []) if verb in CHECKS else problems
@@ -459,9 +500,21 @@ def _folder_name(words):
     return "+".join(f"{k}={re.sub(r'[^A-Za-z0-9._=-]+', '-', v).strip('-')[-60:] or 'empty'}" for k, v in words.items())
 
 
-def plan(target, given=(), output=None, root=None):
+def _word(parameter, text, value):
+    """The word `key=value` that gives a parameter this one value again: a comma of a text is quoted."""
+    quoted = isinstance(value, str) and re.search(r'[,"\n]', text)
+    return f"{parameter.name}={_quoted(text) if quoted else text}"
+
+
+def _quoted(text):
+    """A text as a quoted cell of CSV."""
+    return '"' + text.replace('"', '""') + '"'
+
+
+def plan(target, given=(), output=None, root=None, world=None):
     """The jobs of a command, all of them checked: the values of the YAML file, those `given` over them (words `key=value`, or a
-    dict of values), one job for each combination of a sweep. Raises `RunError` with every problem found. Writes nothing."""
+    dict of values), one job for each combination of a sweep; `world` is the number of processes that a launcher will start.
+    Raises `RunError` with every problem found. Writes nothing."""
     root = root or find_root()
     notebook, path = find_target(target, root)
     target, where = f"{notebook.stem}/{path.stem}", relative(path, root)
@@ -477,9 +530,9 @@ def plan(target, given=(), output=None, root=None):
         chosen = dict(zip(over, values))
         params = {k: chosen[k][1] if k in chosen else base[k] for k in parameters if k != "output"}
         swept = {k: text for k, (text, _) in chosen.items() if len(over[k]) > 1}
-        command = shlex.join(["duo-run", target, *(f"{k}={text}" for k, (text, _) in chosen.items())])
+        command = shlex.join(["duo-run", target, *(_word(parameters[k], *chosen[k]) for k in chosen)])
         jobs.append(Job(target, notebook, params, folder / _folder_name(swept), command, swept))
-        for problem in check(notebook.stem, params, root):
+        for problem in check(notebook.stem, params, root, world):
             problems.append(f"{source if problem.partition(':')[0] in over else where}: {problem}")
     if len({job.folder for job in jobs}) < len(jobs):
         problems.append(f"command line: two runs of the sweep share a folder, {relative(folder, root)}; give each value once")

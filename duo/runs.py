@@ -73,6 +73,16 @@ class Run:
         return f"Run({self.folder.as_posix()!r})"
 
     @property
+    def first(self):
+        """Whether this is the first process of its group, or the only one."""
+        return _rank() == 0
+
+    def alone(self):
+        """Ends the notebook here in every process of a group but the first."""
+        if not self.first:
+            raise SystemExit(0)
+
+    @property
     def checkpoints(self):
         """The folder of the checkpoints."""
         return self.folder / "checkpoints"
