@@ -380,12 +380,14 @@ def check_checkpoint(params):
     out, folder = check_data(params), Path(params["checkpoint"])
     given = f"checkpoint: given {params['checkpoint']}"
     for key in ("checkpoint", "judge"):
-        if params.get(key) and not Path(params[key]).is_dir() and not _on_hub(params[key]):
-            out.append(f"{key}: given {params[key]}; allowed: a folder that exists, as duo-run train/NAME writes it, or a name on the hub")
+        if params.get(key) and not Path(params[key]).exists() and not _on_hub(params[key]):
+            out.append(f"{key}: given {params[key]}; allowed: a folder that exists, as duo-run train/NAME writes it, a Lightning .ckpt, or a name on the hub")
     if not folder.is_dir():
         return out
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if "model_type" in config:  # of the hub's; it is for duo.hub.load to say what is wrong with it
+            return out
         tokenizer = tokenizer_from_json((folder / "tokenizer.json").read_text(encoding="utf-8"))
         name, length = config["tokenizer"], config["length"]
     except FileNotFoundError as error:
