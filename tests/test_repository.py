@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
-ROOMS = {p.stem.split("_", 1)[1]: int(p.stem[:2]) for p in NOTEBOOKS if p.parent.name == "nbs" and p.stem[:2] != "00"}
+ROOMS = {p.stem.split("_", 1)[1]: i for i, p in enumerate(NOTEBOOKS) if p.parent.name == "nbs" and p.stem[:2] != "00"}
 MODULES = sorted(p for p in (ROOT / "duo").glob("*.py") if not p.stem.startswith("_"))
 
 
