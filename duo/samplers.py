@@ -583,21 +583,21 @@ def sample(denoiser, process, schedule, shape, steps, sampler=Ancestral(), tail=
     walk, free, (body, head) = plan(schedule, steps, sampler), ~fixed, _parts(denoiser)
     choose = _chooser(process, sampler, tail, top_p, temperature, generator)
     x = torch.where(fixed, tokens, process.sample_prior(shape, generator=generator, device=device))
-    read, memory, psi = _Reader(body, sampler.cache), None, x.new_full(shape, math.inf, dtype=torch.float64) if isinstance(sampler.kappa, Conf) else None
+    read, memory, convert = _Reader(body, sampler.cache), None, scores and not isinstance(sampler, Analytic)
+    psi = x.new_full(shape, math.inf, dtype=torch.float64) if isinstance(sampler.kappa, Conf) else None
     for step in walk:
         sigma = torch.full((shape[0],), -math.log(step.alpha_t) if step.alpha_t > 0 else math.inf, device=device)
         where = _alive(process, x, free, step, generator)
         if read(x, sigma, where.any(1) if sampler.cache or stop is not None else None) and callback is not None:
             callback(step, x, head(read.answer))
-        logits, xt, old, x = head(read.answer[where]), x[where], x, x.clone()
-        if scores and not isinstance(sampler, Analytic):
-            logits = loo_from_score(process, logits, xt, step.alpha_t)
+        xt, old, x = x[where], x, x.clone()
+        logits = _rows(read.answer, where, head, (lambda l, z: loo_from_score(process, l, z, step.alpha_t)) if convert else None, xt)
         x[where] = new = choose(logits, xt, step)
         if stop is not None and not step.refresh:
-            memory = stop.update(memory, process, logits, old, step.alpha_t, where)
+            memory = stop.update(memory, process, logits(), old, step.alpha_t, where)
             done = (memory[0] >= stop.calls)[:, None]
-            at = done.expand(shape)[where]
-            new[at] = choose(logits[at], xt[at], step._replace(alpha_s=1.0))
+            at = done.expand(shape)[where].nonzero()[:, 0]
+            new[at] = choose(lambda ids=None: logits(at if ids is None else at[ids]), xt[at], step._replace(alpha_s=1.0))
             x[where], free = new, free & ~done
             if not free.any():
                 break
@@ -605,10 +605,27 @@ def sample(denoiser, process, schedule, shape, steps, sampler=Ancestral(), tail=
             forget = _forget(process, sampler, old, psi, step, free, generator)
             x = x.masked_fill(forget, process.mask_id)
             if psi is not None:
-                p = logits.double().index_fill(-1, torch.tensor(process.mask_id, device=device), -math.inf).softmax(-1)
                 psi = psi.masked_fill(forget, math.inf)
-                psi[where] = torch.where(new == process.mask_id, math.inf, p.gather(-1, new[:, None])[:, 0])
+                psi[where] = _confidence(process, logits, new)
     return x
+
+
+def _rows(answer, where, head, convert, xt):
+    """The function (ids (n,), or None for all) -> logits (n, K) of the tokens `where` (B, L), counted in order; only those asked for are projected."""
+    flat, at = answer.flatten(0, 1), where.flatten().nonzero()[:, 0]
+
+    def logits(ids=None):
+        out = head(flat[at if ids is None else at[ids]])
+        return out if convert is None else convert(out, xt if ids is None else xt[ids])
+    return logits
+
+
+def _confidence(process, logits, new):
+    """(n,) float64: the probability with which each of the tokens `new` (n,) was written, infinite where a mask stays."""
+    psi, ids = torch.full(new.shape, math.inf, dtype=torch.float64, device=new.device), (new != process.mask_id).nonzero()[:, 0]
+    p = logits(ids).double().index_fill(-1, torch.tensor(process.mask_id, device=new.device), -math.inf).softmax(-1)
+    psi[ids] = p.gather(-1, new[ids, None])[:, 0]
+    return psi
 
 
 def _check_arguments(denoiser, process, sampler, tail, top_p, temperature, stop, scores):
@@ -627,19 +644,23 @@ def _check_arguments(denoiser, process, sampler, tail, top_p, temperature, stop,
 
 
 def _chooser(process, sampler, tail, top_p, temperature, generator):
-    """The function (logits (n, K), xt (n,), step) -> x_s (n,) of these settings."""
+    """The function (logits, xt (n,), step) -> x_s (n,) of these settings; `logits` is a function as in `_rows`."""
     def choose(logits, xt, step):
         greedy = step.alpha_s == 1 and tail != "sample"
-        if isinstance(sampler, Analytic) and not greedy:
-            return torch.multinomial(tweedie(process, logits, xt, step.alpha_s, step.alpha_t), 1, generator=generator)[:, 0] if len(xt) else xt
+        if isinstance(sampler, Analytic):
+            if not greedy:
+                return torch.multinomial(tweedie(process, logits(), xt, step.alpha_s, step.alpha_t), 1, generator=generator)[:, 0] if len(xt) else xt
+            return _greedy(process, loo_from_score(process, logits(), xt, step.alpha_t), xt, step, tail)
         if greedy:
-            logits = loo_from_score(process, logits, xt, step.alpha_t) if isinstance(sampler, Analytic) else logits
-            return greedy_tail(process, logits[None], xt[None], step.alpha_t, tail == "greedy-posterior")[0]
-        if temperature != 1:
-            logits = logits / temperature if step.refresh else temper(process, logits, xt, step.alpha_t, temperature)
+            return _greedy(process, logits(), xt, step, tail)
         alpha_t = 0.0 if step.refresh else step.alpha_t  # a refreshed token is drawn as if its place had held nothing but noise
-        return process.draw(logits[None], xt[None], step.alpha_s, alpha_t, step.kappa, top_p, generator)[0]
+        told = logits if temperature == 1 else lambda ids: temper(process, logits(ids), xt[ids], alpha_t, temperature)
+        return process.draw(told, xt[None], step.alpha_s, alpha_t, step.kappa, top_p, generator)[0]
     return choose
+
+
+def _greedy(process, logits, xt, step, tail):
+    return greedy_tail(process, logits[None], xt[None], step.alpha_t, tail == "greedy-posterior")[0]
 
 # %% ../nbs/11_samplers.ipynb #c9c2c904
 @torch.no_grad()
