@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['UNetConfig', 'pixels', 'sinusoids', 'ClassEmbedding', 'NIN', 'ResBlock', 'AttnBlock', 'Resample', 'logistic_logits',
-           'UNet']
+           'UNet', 'unet_nelbo']
 
 # %% ../nbs/06_unet.ipynb #51313208
 import math
@@ -13,6 +13,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from .likelihood import nelbo
 
 # %% ../nbs/06_unet.ipynb #9edbdc95
 @dataclass(frozen=True)
@@ -259,6 +262,10 @@ class UNet(nn.Module):
 
     def forward(self, x, sigma=None, labels=None):
         """Logits (B, L, K)."""
+        return self.head_logits(*self.body(x, sigma, labels))
+
+    def body(self, x, sigma=None, labels=None):
+        """(input, output), (B, C, H, W) and (B, ·, H, W): what `head_logits` needs, some numbers a pixel."""
         x = pixels(x, self.config).to(self.input_conv.weight.dtype)
         temb, h = self._condition(x, sigma, labels), self.input_conv(x)
         kept = [h]
@@ -272,7 +279,7 @@ class UNet(nn.Module):
             h = module(h, temb)
         for module in self.upsampling_modules:
             h = module(torch.cat([h, kept.pop()], 1) if isinstance(module, ResBlock) else h, temb)
-        return self._logits(x, self.output_modules[1](F.silu(self.output_modules[0](h))))
+        return x, self.output_modules[1](F.silu(self.output_modules[0](h)))
 
     def _condition(self, x, sigma, labels):
         """(B, 4·time_size): the noise level, and the class where there are classes."""
@@ -292,8 +299,8 @@ class UNet(nn.Module):
                              f"from {labels.min()} to {labels.max()}")
         return temb + self.cond_map(labels)
 
-    def _logits(self, x, h):
-        """The last convolution's output (B, ·, H, W) as logits (B, L, K), L channels first."""
+    def head_logits(self, x, h):
+        """Logits (B, L, K), L channels first, of what `body` returns."""
         c = self.config
         if h.dtype in (torch.float16, torch.bfloat16):
             x, h = x.float(), h.float()
@@ -301,3 +308,18 @@ class UNet(nn.Module):
             return h.unflatten(1, (c.channels, c.vocab_size)).movedim(2, -1).flatten(1, 3)
         loc, log_scale = h.chunk(2, 1)
         return logistic_logits(torch.tanh(x + loc), log_scale, c.vocab_size, c.fix_logistic).flatten(1, 3)
+
+# %% ../nbs/06_unet.ipynb #2bef1293
+def unet_nelbo(net, process, x, sigma, x0, xt, alpha, alpha_dot, labels=None, chunk=None):
+    """`likelihood.nelbo`, (B, L) in nats, of a `UNet` that reads x (hard or soft), σ (B,) and labels (B,) or None; x0, xt (B, L); alpha, alpha_dot (B, 1).
+
+    `chunk` images have logits at a time (default: 4 MB of them on a CPU, 512 MB elsewhere). Under Absorbing the mask's logit counts as −∞."""
+    def piece(pixels, h, x0, xt, alpha, alpha_dot):
+        logits = net.head_logits(pixels, h)
+        if process.hides_mask:
+            logits = logits.index_fill(-1, torch.tensor(process.mask_id, device=logits.device), -torch.inf)
+        return nelbo(process, logits.log_softmax(-1), x0, xt, alpha, alpha_dot)
+
+    parts = (*net.body(x, sigma, labels), x0, xt, alpha, alpha_dot)
+    n = chunk or max(1, 2 ** (20 if x0.is_cpu else 27) // (x0.shape[1] * process.vocab_size))
+    return torch.cat([checkpoint(piece, *rows, use_reentrant=False) for rows in zip(*(part.split(n) for part in parts))])
