@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['AUSTEN_ALPHABET', 'AUSTEN_BOOKS', 'DETOKENIZERS', 'DATASETS', 'SPLITS', 'CharTokenizer', 'Text8Tokenizer',
            'SubwordTokenizer', 'BPETokenizer', 'train_bpe', 'PixelTokenizer', 'tokenizer', 'tokenizer_from_json',
-           'austen_books', 'detokenize', 'DataSet', 'Texts', 'documents', 'Blocks', 'pack', 'pad', 'TokenFile',
-           'store_path', 'prepare', 'load_blocks', 'Batches', 'Streamed']
+           'austen_books', 'detokenize', 'DataSet', 'Texts', 'documents', 'Blocks', 'pack', 'pad', 'Prompted',
+           'prompted', 'TokenFile', 'store_path', 'prepare', 'load_blocks', 'Batches', 'Streamed']
 
 # %% ../nbs/08_data.ipynb #edc3f37f
 import hashlib
@@ -229,7 +229,10 @@ def _from_directory(path):
     """A tokenizer from the files of a directory."""
     from tokenizers import BertWordPieceTokenizer, Tokenizer, decoders, models, pre_tokenizers
     if (path / "tokenizer.json").exists():
-        backend = Tokenizer.from_file(str(path / "tokenizer.json"))
+        text = (path / "tokenizer.json").read_text(encoding="utf-8")
+        if "type" in json.loads(text):  # ours
+            return tokenizer_from_json(text)
+        backend = Tokenizer.from_str(text)
         file = path / "tokenizer_config.json"
         names = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
         names = {k: v["content"] if isinstance(v, dict) else v for k, v in names.items() if k.endswith("_token")}
@@ -433,6 +436,8 @@ def documents(data, split="train", streaming=False):
     else:
         rows, column, detokenizer = _hub(row, split, streaming), row.column, row.detokenizer
     columns = rows.column_names or list(next(iter(rows)))
+    if row is None and "prompt" in columns:
+        raise ValueError(f"data {str(data)!r} has prompts, which are no documents; load_blocks reads it")
     if column not in columns:
         raise ValueError(f"data {str(data)!r}: every row needs a field {column!r}, found {', '.join(columns)}")
     if not streaming:
@@ -573,6 +578,12 @@ class Blocks:
         """(N, L) bool for all blocks; None where every token counts."""
         return self.mask_of(np.arange(len(self)))
 
+    def extras(self, index):
+        """What training is told of blocks `index` beside their tokens, a dict of tensors: where not every token counts, `weights` (n, L) of mean 1,
+        equal for those that do and 0 for others; with prompts, `fixed` (n, L) bool, the tokens that are given."""
+        mask = self.mask_of(index)
+        return {} if mask is None else {"weights": torch.from_numpy(mask / mask.mean()).float()}
+
     @cached_property
     def chars(self):
         """(N,) characters that the tokens of each block stand for."""
@@ -644,6 +655,46 @@ def pad(texts, tokenizer, length, frame=(), pad_id=None):
     `frame=(bos, eos)` puts these around each text; they count as tokens and stand for no characters. Texts without a token are left out."""
     stream, ends = _encode(texts, tokenizer)
     return Blocks(stream, length, tokenizer, ends, frame, _pad_id(tokenizer) if pad_id is None else pad_id)
+
+# %% ../nbs/08_data.ipynb #4bacee64
+class Prompted(Blocks):
+    """Blocks of a prompt, which is given, and a text, which counts. `tokens` (N, L) holds both, `given` (N,) is the number of tokens of each prompt. Made by `prompted`."""
+
+    def __init__(self, tokens, tokenizer, given):
+        super().__init__(tokens.reshape(-1), tokens.shape[1], tokenizer, ends=np.arange(1, len(tokens) + 1, dtype=np.int64) * tokens.shape[1])
+        self.given = given
+
+    def fixed_of(self, index):
+        """(n, L) bool, the tokens of blocks `index` that are given."""
+        return np.arange(self.length) < self.given[index][..., None]
+
+    def mask_of(self, index):
+        """(n, L) bool, the tokens of blocks `index` that count: those that are not given."""
+        return ~self.fixed_of(index)
+
+    def extras(self, index):
+        """`weights` and `fixed`, as in `Blocks`."""
+        return super().extras(index) | {"fixed": torch.from_numpy(self.fixed_of(index))}
+
+    @property
+    def n_tokens(self):
+        """Tokens that count."""
+        return len(self) * self.length - int(self.given.sum())
+
+
+def prompted(prompts, texts, tokenizer, length):
+    """`Prompted` blocks of `length` tokens, one for each prompt and its text, filled up with the tokenizer's eos. Raises ValueError where these are too long,
+    where the tokenizer has no eos and they are too short, and where nothing is left to learn."""
+    parts = list(zip(tokenizer.encode_batch(prompts), tokenizer.encode_batch(texts)))
+    eos, given = tokenizer.eos_id, np.array([len(head) for head, _ in parts], dtype=np.int64)
+    tokens = np.full((len(parts), length), 0 if eos is None else eos, _compact(tokenizer.vocab_size))
+    for i, (row, (head, tail)) in enumerate(zip(tokens, parts)):
+        size = len(head) + len(tail)
+        if len(head) >= length or size > length or size < length and eos is None:
+            allowed = f"fewer than length={length} in the prompt and up to that in both" if eos is not None else f"length={length}, as tokenizer {tokenizer.name!r} has no symbol that ends a text"
+            raise ValueError(f"prompt and text: line {i + 1} has {len(head)} + {len(tail)} tokens; allowed: {allowed}")
+        row[:size] = np.concatenate([head, tail])
+    return Prompted(tokens, tokenizer, given)
 
 # %% ../nbs/08_data.ipynb #1f9e113a
 _FORMAT = 1  # of a store
@@ -812,8 +863,19 @@ def _separator(tokenizer, kind):
         return ()
 
 
+def _conditional(rows, data, tokenizer, length):
+    """`prompted` blocks of rows with the fields "prompt" and "text"."""
+    if "text" not in rows.column_names:
+        raise ValueError(f"data {str(data)!r}: every row needs a field 'text' beside 'prompt', found {', '.join(rows.column_names)}")
+    for name in ("prompt", "text"):
+        if (bad := next((i for i, value in enumerate(rows[name]) if not isinstance(value, str)), None)) is not None:
+            raise ValueError(f"data {str(data)!r}: line {bad + 1} has no text in the field {name!r}")
+    return prompted(rows["prompt"][:], rows["text"][:], tokenizer, length)
+
+
 def load_blocks(data, split, tokenizer, length, layout=None, separator=None, workers=None, progress=False):
     """The `Blocks` of a split of a data set (a name in `DATASETS` or a path). `layout` "packed" or "padded" and `separator` "eos" or "" (between documents) replace what the row of the data set says.
+    Files of one's own whose rows have a field "prompt" give `Prompted` blocks.
 
     Raises ValueError where the text does not fill one block: a set that is empty at this length has no perplexity."""
     if layout not in (None, "packed", "padded"):
@@ -823,6 +885,8 @@ def load_blocks(data, split, tokenizer, length, layout=None, separator=None, wor
     between = () if padded else _separator(tokenizer, row.separator if separator is None else separator)
     frame = (tokenizer.bos_id, tokenizer.eos_id) if row.frame and None not in (tokenizer.bos_id, tokenizer.eos_id) else ()
     try:
+        if row is _MINE and "prompt" in (rows := _local(data, split)[0]).column_names:
+            return _conditional(rows, data, tokenizer, length)
         if row.read and not row.hub:
             texts = documents(data, split)
             return pad(texts, tokenizer, length, frame) if padded else pack(texts, tokenizer, length, between, frame)
@@ -873,6 +937,10 @@ class Batches:
         """(B, L) int64 tokens of a step, or this rank's B / ranks of them."""
         index, offset = self.where(step, rank, ranks)
         return self.blocks.rows(index, offset)
+
+    def extras(self, step, rank=0, ranks=1):
+        """What training is told of the same rows beside their tokens (`Blocks.extras`); the weights have mean 1 over the whole batch."""
+        return {name: value[rank::ranks] for name, value in self.blocks.extras(self.where(step)[0]).items()}
 
     def mask(self, step, rank=0, ranks=1):
         """(B, L) bool, the tokens of the same rows that count; None where all do."""
@@ -971,3 +1039,7 @@ class Streamed:
     def mask(self, step, rank=0, ranks=1):
         """None: every token counts."""
         return None
+
+    def extras(self, step, rank=0, ranks=1):
+        """{}: every token counts, none is given."""
+        return {}
