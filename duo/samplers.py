@@ -669,8 +669,8 @@ def sample_ar(denoiser, shape, bos, steps=None, top_p=1.0, draw=True, prompt=Non
     """(B, L) tokens, one network call per position that is not fixed in every row; `draw=False` takes the most probable token instead.
 
     `denoiser(x (B, n), sigma (B,)) -> logits (B, n, K)` is causal, x starts with `bos`, the logits in the last place are for the next
-    token; bos itself is never drawn. With `cache`, a causal `DiT` (or a denoiser with `new_cache`, called with a cache as third argument) reads only what
-    it has not read yet. `steps`, if given, must be the number of calls. `callback` as in `sample`, with xt (B, L) (bos where nothing is written) and logits (B, 1, K).
+    token; bos itself is never drawn. With `cache`, a causal `DiT` (or a denoiser with its `config`, called with a cache as third argument) reads
+    only what it has not read yet. `steps`, if given, must be the number of calls. `callback` as in `sample`, with xt (B, L) (bos where nothing is written) and logits (B, 1, K).
     Raises ValueError for a prompt that is not a prefix and for a `DiT` that is not causal."""
     batch, length = shape
     if isinstance(bos, bool) or not isinstance(bos, int):
@@ -687,8 +687,7 @@ def sample_ar(denoiser, shape, bos, steps=None, top_p=1.0, draw=True, prompt=Non
     causal = getattr(getattr(denoiser, "config", None), "causal", None)
     if causal is False:
         raise ValueError("denoiser must be causal for an autoregressive sampler, this network looks both ways")
-    make = getattr(denoiser, "new_cache", Cache if causal else None)
-    store, (body, head) = make(length) if cache and make else None, _parts(denoiser)
+    store, (body, head) = Cache(length) if cache and causal else None, _parts(denoiser)
     sigma, process = torch.zeros(batch, device=device), None
     for i in range(first, length):
         logits = head((body(x[:, :i + 1], sigma) if store is None else body(x[:, store.length:i + 1], sigma, store))[:, -1:]) / temperature
