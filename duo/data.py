@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['AUSTEN_ALPHABET', 'AUSTEN_BOOKS', 'DETOKENIZERS', 'DATASETS', 'SPLITS', 'CharTokenizer', 'Text8Tokenizer',
            'SubwordTokenizer', 'BPETokenizer', 'train_bpe', 'PixelTokenizer', 'tokenizer', 'tokenizer_from_json',
-           'austen_books', 'detokenize', 'DataSet', 'Texts', 'documents', 'Blocks', 'pack', 'pad', 'Prompted',
-           'prompted', 'TokenFile', 'store_path', 'prepare', 'load_blocks', 'Batches', 'Streamed']
+           'austen_books', 'detokenize', 'DataSet', 'Texts', 'check_split', 'documents', 'Blocks', 'pack', 'pad',
+           'Prompted', 'prompted', 'TokenFile', 'store_path', 'prepare', 'load_blocks', 'Batches', 'Streamed']
 
 # %% ../nbs/08_data.ipynb #edc3f37f
 import hashlib
@@ -418,18 +418,34 @@ class Texts(Sequence):
         return chain.from_iterable(self[i:i + 1000] for i in range(0, len(self), 1000))
 
 
+def check_split(data, split, streaming=False):
+    """Raise ValueError, without loading anything, where `data` has no such `split` ("train", "valid", "test"), or where it cannot be streamed."""
+    if split not in SPLITS:
+        raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
+    row, path = DATASETS.get(data), Path(data)
+    if row:
+        if split not in row.splits:
+            raise ValueError(f"data {data} has no split {split}; it has {', '.join(row.splits)}")
+        if streaming and (row.read or row.padded or "-" in row.splits[split]):
+            why = "it is small" if row.read else "it is padded" if row.padded else "its splits are counted from the end"
+            raise ValueError(f"data {data} cannot be streamed: {why}; prepare it")
+        return
+    if not path.exists():
+        raise ValueError(f"data must be {', '.join(DATASETS)}, a .txt, .jsonl or .parquet file or a directory of them, got {str(data)!r}")
+    if not _files(path, split)[1]:
+        raise ValueError(f"data {str(data)!r} has no {split}.txt, {split}.jsonl or {split}.parquet" if path.is_dir() else
+                         f"data {str(data)!r}: a file must be a .txt, .jsonl or .parquet, also compressed")
+    if streaming and path.is_file():
+        raise ValueError(f"data {str(data)!r} cannot be streamed: one file is divided by its number of documents; give a directory with a file for each split")
+
+
 def documents(data, split="train", streaming=False):
     """The texts of one split ("train", "valid", "test") of a data set: a name in `DATASETS`, a .txt, .jsonl or .parquet file, or a directory with such
     files for each split. Returns a sequence of str; with `streaming`, a `datasets.IterableDataset` with one column "text". Raises ValueError for an unknown
     data set or split, and where the hub does not give it."""
-    if split not in SPLITS:
-        raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
+    check_split(data, split, streaming)
     row = DATASETS.get(data)
-    if row and split not in row.splits:
-        raise ValueError(f"data {data} has no split {split}; it has {', '.join(row.splits)}")
     if row and row.read:
-        if streaming:
-            raise ValueError(f"data {data} is small: no streaming")
         return row.read(split)
     if row is None:
         rows, column, detokenizer = *_local(data, split, streaming), "strip"
@@ -476,8 +492,6 @@ def _hub(row, split, streaming):
     name, low, high = re.fullmatch(r"(\w+)(?:\[(-?\d*):(-?\d*)\])?", theirs).groups()
     rows = _load(row.hub, **where, split=name)
     low, high = int(low or 0), int(high) if high else None
-    if low < 0 or (high or 0) < 0:
-        raise ValueError(f"data set {row.hub}: split {split} is counted from the end, {theirs}, which a stream does not know; prepare it instead")
     rows = rows.skip(low) if low else rows
     return rows if high is None else rows.take(high - low)
 
@@ -496,19 +510,13 @@ def _files(path, split):
 def _local(data, split, streaming=False):
     """(rows, column) of files by path."""
     path = Path(data)
-    kind, files = _files(path, split) if path.exists() else (None, [])
-    if path.is_dir() and not files:
-        raise ValueError(f"data {str(data)!r} has no {split}.txt, {split}.jsonl or {split}.parquet")
-    if not files:
-        raise ValueError(f"data must be {', '.join(DATASETS)}, a .txt, .jsonl or .parquet file or a directory of them, got {str(data)!r}")
+    kind, files = _files(path, split)
     from datasets import load_dataset
     extra = {"sample_by": "paragraph"} if kind == "text" else {}
     try:
         rows = load_dataset(kind, data_files={"train": files}, split="train", streaming=streaming, **extra)
     except Exception as error:
         raise ValueError(f"data {str(data)!r} could not be read as {kind}: {str(error.__cause__ or error).strip().splitlines()[0][:200]}") from None
-    if path.is_file() and streaming:
-        raise ValueError(f"data {str(data)!r}: one file is divided by its number of documents, which a stream does not know; give a directory with a file for each split")
     if path.is_file():
         cut = [0, round(0.9 * len(rows)), round(0.95 * len(rows)), len(rows)]
         i = SPLITS.index(split)
@@ -578,7 +586,7 @@ class Blocks:
         """(N, L) bool for all blocks; None where every token counts."""
         return self.mask_of(np.arange(len(self)))
 
-    def extras(self, index):
+    def more(self, index):
         """What training is told of blocks `index` beside their tokens, a dict of tensors: where not every token counts, `weights` (n, L) of mean 1,
         equal for those that do and 0 for others; with prompts, `fixed` (n, L) bool, the tokens that are given."""
         mask = self.mask_of(index)
@@ -672,9 +680,9 @@ class Prompted(Blocks):
         """(n, L) bool, the tokens of blocks `index` that count: those that are not given."""
         return ~self.fixed_of(index)
 
-    def extras(self, index):
+    def more(self, index):
         """`weights` and `fixed`, as in `Blocks`."""
-        return super().extras(index) | {"fixed": torch.from_numpy(self.fixed_of(index))}
+        return super().more(index) | {"fixed": torch.from_numpy(self.fixed_of(index))}
 
     @property
     def n_tokens(self):
@@ -938,9 +946,9 @@ class Batches:
         index, offset = self.where(step, rank, ranks)
         return self.blocks.rows(index, offset)
 
-    def extras(self, step, rank=0, ranks=1):
-        """What training is told of the same rows beside their tokens (`Blocks.extras`); the weights have mean 1 over the whole batch."""
-        return {name: value[rank::ranks] for name, value in self.blocks.extras(self.where(step)[0]).items()}
+    def more(self, step, rank=0, ranks=1):
+        """What training is told of the same rows beside their tokens (`Blocks.more`); the weights have mean 1 over the whole batch."""
+        return {name: value[rank::ranks] for name, value in self.blocks.more(self.where(step)[0]).items()}
 
     def mask(self, step, rank=0, ranks=1):
         """(B, L) bool, the tokens of the same rows that count; None where all do."""
@@ -961,8 +969,6 @@ class Streamed:
 
     def __init__(self, data, split, tokenizer, length, batch_size, seed=0, segment=8192, folder=None):
         row = DATASETS.get(data, _MINE)
-        if row.padded:
-            raise ValueError(f"data {data} is padded; streaming packs")
         separator = _separator(tokenizer, row.separator)
         frame = (tokenizer.bos_id, tokenizer.eos_id) if row.frame and None not in (tokenizer.bos_id, tokenizer.eos_id) else ()
         self.data, self.split, self.segment, self.separator = data, split, segment, separator
@@ -1040,6 +1046,6 @@ class Streamed:
         """None: every token counts."""
         return None
 
-    def extras(self, step, rank=0, ranks=1):
+    def more(self, step, rank=0, ranks=1):
         """{}: every token counts, none is given."""
         return {}
