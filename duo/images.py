@@ -153,6 +153,6 @@ class ImageBatches(Batches):
         order, _ = super()._draw(epoch)
         return order, np.random.default_rng([self.seed, epoch, 1]).integers(2, size=self.n_rows) if self.flip else 0
 
-    def labels(self, step, rank=0, ranks=1):
-        """(B,) int64, the classes of the rows of `batch`; None where the images have none."""
-        return None if self.blocks.labels is None else torch.from_numpy(self.blocks.labels[self.where(step, rank, ranks)[0]])
+    def more(self, step, rank=0, ranks=1):
+        """What belongs to the rows of `batch`: {"labels": (B,) int64}, {} where the images have none."""
+        return {} if self.blocks.labels is None else {"labels": torch.from_numpy(self.blocks.labels[self.where(step, rank, ranks)[0]])}

@@ -28,7 +28,7 @@ if "TORCHELASTIC_RUN_ID" in os.environ or "SLURM_STEP_ID" in os.environ:
     vars(sys).pop("ps1", None)  # Lightning takes a kernel for a person at a prompt and refuses it as one process of a group
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.plugins.io import TorchCheckpointIO
@@ -40,6 +40,7 @@ from .data import Batches
 from .dit import DiT
 from .likelihood import linear_ar_nll, linear_nelbo, make_process
 from .schedules import low_discrepancy
+from .unet import UNet, UNetConfig, unet_nelbo
 
 # %% ../nbs/09_training.ipynb #6db4d4ac
 def key(*what):
@@ -71,13 +72,15 @@ def whole(x0, first, n):
     return out
 
 
-def bound(net, process, schedule, x0, generator=None, curriculum=None, first=0, batch_size=None):
+def bound(net, process, schedule, x0, generator=None, curriculum=None, first=0, batch_size=None, labels=None):
     """Monte-Carlo NELBO in nats, (b, L), of clean tokens x0 (b, L): rows `first` to `first + b` of a global batch of `batch_size`, whose
-    times (low discrepancy) and noise do not depend on how it is divided. One network call."""
+    times (low discrepancy) and noise do not depend on how it is divided. One network call. A U-Net is told the `labels` (b,), if any."""
     n, rows = batch_size or len(x0), slice(first, first + len(x0))
     t = low_discrepancy(n, generator=generator, device=x0.device)
     x, xt, alpha, alpha_dot, sigma = corrupted(process, schedule, whole(x0, first, n), t, generator, curriculum)
     x = tuple(part[rows] for part in x) if isinstance(x, tuple) else x[rows]
+    if isinstance(net, UNet):
+        return unet_nelbo(net, process, x, sigma[rows], x0, xt[rows], alpha[rows], alpha_dot[rows], labels)
     hidden = net.hidden(x, sigma[rows])
     return linear_nelbo(process, hidden, net.head.weight, net.head.bias, x0, xt[rows], alpha[rows], alpha_dot[rows])
 
@@ -90,9 +93,10 @@ def ar_loss(net, x0, bos):
 
 # %% ../nbs/09_training.ipynb #20e5a59b
 class Training(L.LightningModule):
-    """A network of `config` (DiTConfig) trained by `method`, a row of `likelihood.METHODS`, on tokens of a vocabulary of `vocab_size`.
+    """A network of `config` (DiTConfig or UNetConfig) trained by `method`, a row of `likelihood.METHODS`, on tokens of a vocabulary of `vocab_size`.
 
-    A batch is (x0 (b, L), step, first): rows from `first` of the global batch of `batch_size`. `ema` is the decay of the average of the
+    A batch is (x0 (b, L), step, first, more): rows from `first` of the global batch of `batch_size`, and what `nats` is told besides, a dict of
+    tensors with b rows such as labels. `ema` is the decay of the average of the
     weights, `grad_clip` the largest norm of the gradient (0: any). `decay` is "constant" (the papers) or "cosine" (to zero at `max_steps`)."""
 
     def __init__(self, config, method="duo", *, vocab_size, schedule=None, curriculum=None, batch_size=32, max_steps=1000, lr=3e-4, decay="constant",
@@ -104,26 +108,27 @@ class Training(L.LightningModule):
         self.lr, self.decay, self.warmup_steps, self.weight_decay, self.grad_clip, self.ema_decay = lr, decay, warmup_steps, weight_decay, grad_clip, ema
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(key(seed, "weights"))
-            self.net = DiT(config)
+            self.net = UNet(config) if isinstance(config, UNetConfig) else DiT(config)
         self.ema = copy.deepcopy(self.net).eval().requires_grad_(False)
         if compile:
-            self.net.hidden = torch.compile(self.net.hidden)
+            body = "body" if isinstance(config, UNetConfig) else "hidden"
+            setattr(self.net, body, torch.compile(getattr(self.net, body)))
 
-    def nats(self, net, x0, generator=None, step=None, first=0, batch_size=None):
+    def nats(self, net, x0, generator=None, step=None, first=0, batch_size=None, labels=None):
         """(b, L) nats of the training objective at `step`, of the true bound when step is None."""
         if self.process is None:
             return ar_loss(net, x0, self.bos)
         curriculum = self.curriculum if step is not None and self.curriculum is not None and self.curriculum.active(step) else None
-        return bound(net, self.process, self.schedule, x0, generator, curriculum, first, batch_size)
+        return bound(net, self.process, self.schedule, x0, generator, curriculum, first, batch_size, labels)
 
     def training_step(self, batch, _):
-        x0, step, first = batch
+        x0, step, first, more = batch
         torch.manual_seed(key(self.seed, "dropout", step, first))
-        return self.nats(self.net, x0, generator_for(x0.device, self.seed, "noise", step), step, first, self.batch_size).mean()
+        return self.nats(self.net, x0, generator_for(x0.device, self.seed, "noise", step), step, first, self.batch_size, **more).mean()
 
     def validation_step(self, batch, _):
-        x0, i, first, n, weight = batch
-        nll = self.nats(self.ema, x0, generator_for(x0.device, "validation", i), None, first, n).mean()
+        x0, i, first, n, weight, more = batch
+        nll = self.nats(self.ema, x0, generator_for(x0.device, "validation", i), None, first, n, **more).mean()
         self.valid_sum += torch.stack([nll * weight, torch.full_like(nll, weight)])
 
     def on_validation_epoch_start(self):
@@ -178,8 +183,14 @@ def update_ema(ema, net, decay, n=10 ** 9):
     torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - min(decay, (1 + n) / (10 + n)))
 
 # %% ../nbs/09_training.ipynb #8e0a0836
+def _rows(more, rows):
+    """Some rows of each tensor in a dict."""
+    return {name: tensor[rows] for name, tensor in more.items()}
+
+
 class Steps(IterableDataset):
-    """(x0 (b, L), step, first) of steps start … stop, each global batch in pieces of b rows, of which this rank takes every `world`-th."""
+    """(x0 (b, L), step, first, more) of steps start … stop, each global batch in pieces of b rows, of which this rank takes every `world`-th;
+    `more` is a dict of what belongs to the rows besides, such as labels, from `batches.more(step)` where there is that."""
 
     def __init__(self, batches, start, stop, device_batch_size, rank=0, world=1):
         self.batches, self.start, self.stop, self.b, self.rank, self.world = batches, start, stop, device_batch_size, rank, world
@@ -189,17 +200,18 @@ class Steps(IterableDataset):
 
     def __iter__(self):
         for step in range(self.start, self.stop):
-            x0 = self.batches.batch(step)
+            x0, more = self.batches.batch(step), self.batches.more(step) if hasattr(self.batches, "more") else {}
             for first in range(self.rank * self.b, len(x0), self.world * self.b):
-                yield x0[first:first + self.b], step, first
+                rows = slice(first, first + self.b)
+                yield x0[rows], step, first, _rows(more, rows)
 
 
 class HeldOut(IterableDataset):
-    """(x0 (b, L), i, first, n, weight): the i-th n of `rows` (N, L), at most `batch_size`, in pieces of b rows, of which this rank takes every
-    `world`-th. Every rank has as many pieces; one too many is a row that others have, of weight 0, else the weight is b."""
+    """(x0 (b, L), i, first, n, weight, more): the i-th n of `rows` (N, L), at most `batch_size`, in pieces of b rows, of which this rank takes every
+    `world`-th. Every rank has as many pieces; one too many is a row that others have, of weight 0, else the weight is b. `more` as in `Steps`."""
 
-    def __init__(self, rows, batch_size, device_batch_size, rank=0, world=1):
-        self.rows, self.batch_size, self.b, self.rank, self.world = rows, batch_size, device_batch_size, rank, world
+    def __init__(self, rows, batch_size, device_batch_size, rank=0, world=1, more={}):
+        self.rows, self.batch_size, self.b, self.rank, self.world, self.more = rows, batch_size, device_batch_size, rank, world, more
 
     def __len__(self):
         full, rest = divmod(len(self.rows), self.batch_size)
@@ -207,10 +219,11 @@ class HeldOut(IterableDataset):
 
     def __iter__(self):
         for i, start in enumerate(range(0, len(self.rows), self.batch_size)):
-            x0 = self.rows[start:start + self.batch_size]
-            for first in range(self.rank * self.b, len(x0) + self.rank * self.b, self.world * self.b):
-                piece = x0[first:first + self.b]
-                yield (piece, i, first, len(x0), len(piece)) if len(piece) else (x0[:1], i, 0, len(x0), 0)
+            n = min(self.batch_size, len(self.rows) - start)
+            for first in range(self.rank * self.b, n + self.rank * self.b, self.world * self.b):
+                size = max(0, min(self.b, n - first))
+                rows = slice(start + first, start + first + size) if size else slice(start, start + 1)
+                yield self.rows[rows], i, first if size else 0, n, size, _rows(self.more, rows)
 
 
 class AtomicCheckpoints(TorchCheckpointIO):
@@ -234,12 +247,13 @@ class Interrupted(Exception):
 
 class Progress(Callback):
     """A progress bar, and curve.csv: step, tokens, seconds, learning rate, training nats since the last row, validation nats (per token).
-    A resumed run continues both. Asked to stop by a signal, it saves `last` at the end of the step, all ranks at the same one."""
+    A resumed run continues both. checkpoints/last.ckpt is written every `checkpoint_every` steps, at the end, and where a signal asks to stop: when
+    the step and the validation that belongs to it are done, all ranks at the same one. checkpoints/best.ckpt has the best validation value."""
     columns = "step", "tokens", "seconds", "lr", "train_nll", "valid_nll"
 
-    def __init__(self, folder, tokens_per_step, max_steps, label):
-        self.path, self.last = Path(folder, "curve.csv"), Path(folder, "checkpoints", "last.ckpt")
-        self.tokens, self.max_steps, self.label = tokens_per_step, max_steps, label
+    def __init__(self, folder, tokens_per_step, max_steps, valid_every, checkpoint_every, label):
+        self.path, self.last, self.best = Path(folder, "curve.csv"), Path(folder, "checkpoints", "last.ckpt"), Path(folder, "checkpoints", "best.ckpt")
+        self.tokens, self.max_steps, self.valid_every, self.checkpoint_every, self.label = tokens_per_step, max_steps, valid_every, checkpoint_every, label
         self.rows, self.seconds, self.began, self.sum, self.count = [], 0.0, None, 0.0, 0
         self.asked, self.group, self.strategy = False, None, None
 
@@ -298,11 +312,17 @@ class Progress(Callback):
         if (i + 1) % trainer.accumulate_grad_batches:
             return
         self.bar.update(trainer.global_step - self.bar.n)
+        if trainer.global_step % self.valid_every:
+            self.step_done(trainer)
+
+    def step_done(self, trainer):
+        """Saves `last` where it is due, and leaves where a signal has come to any rank."""
         asked = torch.tensor(float(self.asked))
         if self.group is not None:
             torch.distributed.all_reduce(asked, group=self.group)
-        if asked and trainer.global_step < self.max_steps:
+        if trainer.global_step < self.max_steps and (asked or trainer.global_step % self.checkpoint_every == 0):
             trainer.save_checkpoint(self.last)
+        if trainer.global_step < self.max_steps and asked:
             raise Interrupted
 
     def on_validation_end(self, trainer, module):
@@ -313,11 +333,17 @@ class Progress(Callback):
         row = (trainer.global_step, trainer.global_step * self.tokens, self.elapsed,
                trainer.optimizers[0].param_groups[0]["lr"], total / max(count, 1), float(trainer.callback_metrics["valid_nll"]))
         self.rows.append(dict(zip(self.columns, row)))
-        if not trainer.is_global_zero:
-            return
-        self.bar.set_postfix_str(f"train {row[-2]:.3f}, valid {row[-1]:.3f} nats/token")
-        for logger in trainer.loggers:
-            logger.log_metrics(dict(zip(self.columns[1:], row[1:])), step=trainer.global_step)
+        if trainer.is_global_zero:
+            self.bar.set_postfix_str(f"train {row[-2]:.3f}, valid {row[-1]:.3f} nats/token")
+            for logger in trainer.loggers:
+                logger.log_metrics(dict(zip(self.columns[1:], row[1:])), step=trainer.global_step)
+            self.write()
+        if row[-1] <= min(r["valid_nll"] for r in self.rows):
+            trainer.save_checkpoint(self.best)
+        self.step_done(trainer)
+
+    def write(self):
+        """Writes curve.csv whole."""
         temporary = self.path.with_name(self.path.name + ".tmp")
         with open(temporary, "w", newline="") as f:
             writer = csv.DictWriter(f, self.columns)
@@ -417,8 +443,8 @@ def logger_for(name, folder):
 # %% ../nbs/09_training.ipynb #1d7d69b2
 def fit(module, batches, valid, folder, *, max_steps, device_batch_size=None, devices=None, strategy="auto", precision="auto", valid_every=1000,
         checkpoint_every=1000, label=None, logger=None):
-    """Train `module` on `batches` (`data.Batches`) in `folder`, validating on the rows of `valid` (N, L). Goes on from
-    folder/checkpoints/last.ckpt where it exists. With a `label`, shows a progress bar of that name. precision "auto" is bf16 on a GPU, float32 elsewhere;
+    """Train `module` on `batches` (`data.Batches`) in `folder`, validating on the rows of `valid`: (N, L), or the pair of that and a
+    dict of what belongs to them, as in `Steps`. Goes on from folder/checkpoints/last.ckpt where it exists. With a `label`, shows a progress bar of that name. precision "auto" is bf16 on a GPU, float32 elsewhere;
     devices and strategy as in `group` and `strategy_for`; `logger` is one of Lightning's, or None.
     Returns {"steps", "tokens", "seconds", "valid_nll", "best_valid_nll", "best_step"}, None where the checkpoint is beyond `max_steps`;
     `module.ema` holds the averaged weights. Raises KeyboardInterrupt after a signal."""
@@ -426,10 +452,8 @@ def fit(module, batches, valid, folder, *, max_steps, device_batch_size=None, de
     folder.mkdir(parents=True, exist_ok=True)
     environment, world, nodes = group(devices)
     b, accumulate = share(batches.batch_size, device_batch_size, world)
-    progress = Progress(folder, batches.batch_size * batches.blocks.length, max_steps, label)
+    progress = Progress(folder, batches.batch_size * batches.blocks.length, max_steps, valid_every, checkpoint_every, label)
     last = progress.last
-    saved = dict(dirpath=last.parent, enable_version_counter=False)
-    callbacks = [progress, ModelCheckpoint(filename="best", monitor="valid_nll", **saved), ModelCheckpoint(filename="last", every_n_train_steps=checkpoint_every, **saved)]
     before = progress.listen()
     try:
         with _quiet():
@@ -437,7 +461,7 @@ def fit(module, batches, valid, folder, *, max_steps, device_batch_size=None, de
                 max_steps=max_steps, accumulate_grad_batches=accumulate,
                 precision={"auto": "bf16-mixed" if torch.cuda.is_available() else "32-true", "32": "32-true", "bf16": "bf16-mixed"}[precision],
                 val_check_interval=valid_every * accumulate, check_val_every_n_epoch=None, num_sanity_val_steps=0,
-                callbacks=callbacks, plugins=[AtomicCheckpoints(), environment], logger=logger or False, enable_progress_bar=False, enable_model_summary=False,
+                callbacks=[progress], enable_checkpointing=False, plugins=[AtomicCheckpoints(), environment], logger=logger or False, enable_progress_bar=False, enable_model_summary=False,
                 devices=world // nodes, num_nodes=nodes, strategy=strategy_for(strategy, world, environment), use_distributed_sampler=False, default_root_dir=folder)
             start = _started_from(last, trainer, module, environment.creates_processes_externally and world > 1)
             if (start or 0) > max_steps:
@@ -468,7 +492,8 @@ class _Loaders(L.LightningDataModule):
 
     def val_dataloader(self):
         """Held-out rows that are this rank's."""
-        return DataLoader(HeldOut(self.valid, self.batches.batch_size, self.b, self.trainer.global_rank, self.trainer.world_size), batch_size=None)
+        rows, more = self.valid if isinstance(self.valid, tuple) else (self.valid, {})
+        return DataLoader(HeldOut(rows, self.batches.batch_size, self.b, self.trainer.global_rank, self.trainer.world_size, more), batch_size=None)
 
 
 @contextlib.contextmanager
