@@ -255,7 +255,7 @@ class Progress(Callback):
         self.path, self.last, self.best = Path(folder, "curve.csv"), Path(folder, "checkpoints", "last.ckpt"), Path(folder, "checkpoints", "best.ckpt")
         self.tokens, self.max_steps, self.valid_every, self.checkpoint_every, self.label = tokens_per_step, max_steps, valid_every, checkpoint_every, label
         self.rows, self.seconds, self.began, self.sum, self.count = [], 0.0, None, 0.0, 0
-        self.asked, self.group, self.strategy = False, None, None
+        self.asked, self.group = 0, None
 
     @property
     def elapsed(self):
@@ -286,10 +286,10 @@ class Progress(Callback):
 
     def ask(self, number, frame):
         """The handler of the signals that end a training: the first one asks every process here to stop after its step."""
-        again, self.asked = self.asked, True
+        again, self.asked = self.asked and self.asked == number == signal.SIGINT, number
         for child in multiprocessing.active_children():
             os.kill(child.pid, number)
-        if again and number == signal.SIGINT:
+        if again:
             raise KeyboardInterrupt
 
     def listen(self):
@@ -317,7 +317,7 @@ class Progress(Callback):
 
     def step_done(self, trainer):
         """Saves `last` where it is due, and leaves where a signal has come to any rank."""
-        asked = torch.tensor(float(self.asked))
+        asked = torch.tensor(float(self.asked > 0))
         if self.group is not None:
             torch.distributed.all_reduce(asked, group=self.group)
         if trainer.global_step < self.max_steps and (asked or trainer.global_step % self.checkpoint_every == 0):
