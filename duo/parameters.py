@@ -293,9 +293,9 @@ def read_keywords(given, parameters):
 
 # %% ../nbs/14_parameters.ipynb #a3e035f9
 _AT_LEAST_ONE = ("length hidden_size n_blocks n_heads cond_dim batch_size device_batch_size devices max_steps top_k valid_every valid_draws "
-                 "valid_blocks checkpoint_every n steps draws rounds steps_per_round").split()
+                 "valid_blocks checkpoint_every n steps draws rounds steps_per_round blocks workers").split()
 RANGES = {key: (lambda v: v >= 1, "at least 1") for key in _AT_LEAST_ONE}
-RANGES |= {key: (lambda v: v >= 0, "at least 0") for key in "warmup_steps curriculum_steps weight_decay grad_clip seed".split()}
+RANGES |= {key: (lambda v: v >= 0, "at least 0") for key in "warmup_steps curriculum_steps weight_decay grad_clip seed compare synthetic_mb".split()}
 RANGES |= {key: (lambda v: v > 0, "above 0") for key in "lr tau delta".split()}
 RANGES |= {key: (lambda v: 0 <= v < 1, "0 or more, below 1") for key in "dropout ema".split()}
 RANGES |= {key: (lambda v: 0 < v <= 1, "above 0, up to 1") for key in "top_p".split()}
@@ -324,13 +324,20 @@ def _bundled(name):
 
 
 def check_data(params):
-    """Data sets and tokenizers that `duo.data` does not have. Names on the hub are left to the run: asking takes the network."""
-    from duo.data import DATASETS, tokenizer
+    """Data sets, splits and tokenizers that `duo.data` does not have. What the hub has is left to the run: asking takes the network."""
+    from duo.data import DATASETS, check_split, tokenizer
 
     problems, names = [], params.get("data") or []
+    splits = params.get("splits") or ([params["split"]] if "split" in params else ["train", "valid"] if "max_steps" in params or "rounds" in params else [])
     for name in names if isinstance(names, list) else [names]:
         if name not in DATASETS and not Path(name).exists():
             problems.append(_among("data", name, DATASETS, ", or a file or folder that exists"))
+            continue
+        for split in splits:
+            try:
+                check_split(name, split, streaming=params.get("streaming", False) and split == "train")
+            except ValueError as error:
+                problems.append(f"{'split' if str(error).startswith('split') else 'data'}: {str(error).removeprefix('data ')}")
     name = params.get("tokenizer")
     if name is not None and _bundled(name):
         try:
@@ -429,7 +436,7 @@ def check_distil(params):
 
 
 CHECKS = {"train": check_train, "sample": check_sample, "likelihood": check_checkpoint, "zero_shot": check_checkpoint,
-          "distil": check_distil}
+          "distil": check_distil, "prepare": check_data}
 
 # %% ../nbs/14_parameters.ipynb #e1630eff
 def launcher():
