@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['RANGES', 'CHECKS', 'RunError', 'find_root', 'relative', 'targets', 'find_target', 'Parameter', 'read_parameters',
            'read_yaml', 'read_overrides', 'read_keywords', 'check_ranges', 'check_data', 'check_window', 'check_train',
-           'check_checkpoint', 'check_sample', 'check_distil', 'launcher', 'processes', 'check_devices', 'check', 'Job',
-           'plan', 'table', 'listing', 'describe']
+           'check_checkpoint', 'check_sample', 'check_harness', 'check_distil', 'launcher', 'processes',
+           'check_devices', 'check', 'Job', 'plan', 'table', 'listing', 'describe']
 
 # %% ../nbs/14_parameters.ipynb #66f8238d
 import ast
@@ -293,9 +293,9 @@ def read_keywords(given, parameters):
 
 # %% ../nbs/14_parameters.ipynb #a3e035f9
 _AT_LEAST_ONE = ("length hidden_size n_blocks n_heads cond_dim batch_size device_batch_size devices max_steps top_k valid_every valid_draws "
-                 "valid_blocks checkpoint_every n steps draws rounds steps_per_round blocks workers").split()
+                 "valid_blocks checkpoint_every n steps draws rounds steps_per_round blocks workers limit").split()
 RANGES = {key: (lambda v: v >= 1, "at least 1") for key in _AT_LEAST_ONE}
-RANGES |= {key: (lambda v: v >= 0, "at least 0") for key in "warmup_steps curriculum_steps weight_decay grad_clip seed compare synthetic_mb".split()}
+RANGES |= {key: (lambda v: v >= 0, "at least 0") for key in "warmup_steps curriculum_steps weight_decay grad_clip seed compare synthetic_mb num_fewshot".split()}
 RANGES |= {key: (lambda v: v > 0, "above 0") for key in "lr tau delta".split()}
 RANGES |= {key: (lambda v: 0 <= v < 1, "0 or more, below 1") for key in "dropout ema".split()}
 RANGES |= {key: (lambda v: 0 < v <= 1, "above 0, up to 1") for key in "top_p".split()}
@@ -424,6 +424,16 @@ def check_sample(params):
     return out
 
 
+def check_harness(params):
+    """Those of `check_checkpoint`, no tasks, and the harness itself where it is not installed."""
+    out = check_checkpoint(params)
+    if not params["tasks"]:
+        out.append("tasks: given []; allowed: austen_cloze, austen_rolling and tasks of lm-evaluation-harness")
+    if importlib.util.find_spec("lm_eval") is None:
+        out.append("tasks: lm-evaluation-harness is not installed; allowed: after pip install 'duo-diffusion[eval]'")
+    return out
+
+
 def check_distil(params):
     """Those of `check_checkpoint`, a window of α that is none, and a checkpoint of a method whose prior is not uniform."""
     from duo.likelihood import METHODS
@@ -436,7 +446,7 @@ def check_distil(params):
 
 
 CHECKS = {"train": check_train, "sample": check_sample, "likelihood": check_checkpoint, "zero_shot": check_checkpoint,
-          "distil": check_distil, "prepare": check_data}
+          "distil": check_distil, "prepare": check_data, "harness": check_harness}
 
 # %% ../nbs/14_parameters.ipynb #e1630eff
 def launcher():
