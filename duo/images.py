@@ -8,6 +8,7 @@ __all__ = ['IMAGES', 'Images', 'shrink', 'is_images', 'images', 'ImageBatches']
 # %% ../nbs/08_images.ipynb #bfc0a8cd
 import io
 import lzma
+import math
 import os
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -52,6 +53,10 @@ class Images:
         x = self.x[index]
         x = np.where(np.asarray(mirrored, bool)[..., None, None, None], x[..., ::-1], x)
         return torch.from_numpy(x.reshape(*index.shape, self.length).astype(np.int64))
+
+    def more(self, index):
+        """What belongs to images `index` besides: {"labels": (n,) int64}, {} where there are none."""
+        return {} if self.labels is None else {"labels": torch.from_numpy(self.labels[index])}
 
     @property
     def n_tokens(self):
@@ -132,14 +137,19 @@ def is_images(data):
     return data in IMAGES or str(data).endswith(".npz")
 
 
-def images(data, split="train", size=None):
-    """The `Images` of one split ("train", "valid", "test") of "twemoji", "cifar10" or an .npz file, scaled down to `size` if given.
-    Raises ValueError for another name or split, and where the data can't be had."""
+def images(data, split="train", size=None, length=None, labelled=True):
+    """The `Images` of one split ("train", "valid", "test") of "twemoji", "cifar10" or an .npz file, scaled down to `size`, or to `length` tokens, if one
+    of these is given; without labels where not `labelled`. Raises ValueError for another name, split or size, and where the data can't be had."""
     if split not in SPLITS:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
     if not is_images(data):
         raise ValueError(f"data must be {', '.join(IMAGES)} or an .npz file, got {str(data)!r}")
-    return Images(*(IMAGES[data](split) if data in IMAGES else _npz(data, split)), size)
+    x, y, classes = IMAGES[data](split) if data in IMAGES else _npz(data, split)
+    if length is not None and x.ndim == 4 and length != x[0].size:
+        size = math.isqrt(length // x.shape[-1])
+        if x.shape[-1] * size * size != length or x.shape[1] % size:
+            raise ValueError(f"length must be {x.shape[-1]} times the square of a divisor of {x.shape[1]}, the pixels of an image of {data}; got {length}")
+    return Images(x, y if labelled else None, classes if labelled else (), size)
 
 # %% ../nbs/08_images.ipynb #e36ee782
 class ImageBatches(Batches):
@@ -152,7 +162,3 @@ class ImageBatches(Batches):
     def _draw(self, epoch):
         order, _ = super()._draw(epoch)
         return order, np.random.default_rng([self.seed, epoch, 1]).integers(2, size=self.n_rows) if self.flip else 0
-
-    def more(self, step, rank=0, ranks=1):
-        """What belongs to the rows of `batch`: {"labels": (B,) int64}, {} where the images have none."""
-        return {} if self.blocks.labels is None else {"labels": torch.from_numpy(self.blocks.labels[self.where(step, rank, ranks)[0]])}
