@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RANGES', 'CHECKS', 'RunError', 'find_root', 'relative', 'targets', 'find_target', 'Parameter', 'read_parameters',
            'read_yaml', 'read_overrides', 'read_keywords', 'check_ranges', 'check_data', 'check_window', 'check_train',
-           'check_checkpoint', 'check_sample', 'check_harness', 'check_distil', 'launcher', 'processes',
+           'check_checkpoint', 'check_sample', 'check_harness', 'check_distil', 'check_bench', 'launcher', 'processes',
            'check_devices', 'check', 'Job', 'plan', 'table', 'listing', 'describe']
 
 # %% ../nbs/14_parameters.ipynb #66f8238d
@@ -293,9 +293,11 @@ def read_keywords(given, parameters):
 
 # %% ../nbs/14_parameters.ipynb #a3e035f9
 _AT_LEAST_ONE = ("length hidden_size n_blocks n_heads cond_dim batch_size device_batch_size devices max_steps top_k valid_every valid_draws "
-                 "valid_blocks checkpoint_every n steps draws rounds steps_per_round blocks workers limit").split()
+                 "valid_blocks checkpoint_every n steps draws rounds steps_per_round blocks workers limit threads textbook_rounds memory_tokens "
+                 "ar_length scaling_vocab scaling_length scaling_batch scaling_rounds").split()
 RANGES = {key: (lambda v: v >= 1, "at least 1") for key in _AT_LEAST_ONE}
 RANGES |= {key: (lambda v: v >= 0, "at least 0") for key in "warmup_steps curriculum_steps weight_decay grad_clip seed compare synthetic_mb num_fewshot".split()}
+RANGES |= {"vocab_size": (lambda v: v >= 2, "at least 2")}
 RANGES |= {key: (lambda v: v > 0, "above 0") for key in "lr tau delta".split()}
 RANGES |= {key: (lambda v: 0 <= v < 1, "0 or more, below 1") for key in "dropout ema".split()}
 RANGES |= {key: (lambda v: 0 < v <= 1, "above 0, up to 1") for key in "top_p".split()}
@@ -445,8 +447,24 @@ def check_distil(params):
     return out
 
 
+def check_bench(params):
+    """A GPU where there is none, and a network whose sizes do not fit together."""
+    import torch
+
+    from duo.dit import DiTConfig
+
+    out = []
+    if params["device"] == "cuda" and not torch.cuda.is_available():
+        out.append("device: given cuda, but torch sees no GPU on this machine; allowed here: cpu")
+    try:
+        DiTConfig(*(params[key] for key in ("vocab_size", "hidden_size", "n_blocks", "n_heads", "cond_dim")))
+    except ValueError as error:
+        out.append(f"hidden_size: {error}")
+    return out
+
+
 CHECKS = {"train": check_train, "sample": check_sample, "likelihood": check_checkpoint, "zero_shot": check_checkpoint,
-          "distil": check_distil, "prepare": check_data, "harness": check_harness}
+          "distil": check_distil, "prepare": check_data, "harness": check_harness, "bench": check_bench}
 
 # %% ../nbs/14_parameters.ipynb #e1630eff
 def launcher():
