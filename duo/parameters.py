@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['RANGES', 'CHECKS', 'RunError', 'find_root', 'relative', 'targets', 'find_target', 'Parameter', 'read_parameters',
-           'read_yaml', 'read_overrides', 'read_keywords', 'check_ranges', 'check_data', 'check_window', 'check_train',
-           'check_checkpoint', 'check_sample', 'check_harness', 'check_distil', 'check_bench', 'launcher', 'processes',
-           'check_devices', 'check', 'Job', 'plan', 'table', 'listing', 'describe']
+           'read_yaml', 'read_overrides', 'read_keywords', 'check_ranges', 'check_data', 'check_window', 'check_images',
+           'check_train', 'check_checkpoint', 'check_sample', 'check_harness', 'check_distil', 'check_bench',
+           'launcher', 'processes', 'check_devices', 'check', 'Job', 'plan', 'table', 'listing', 'describe']
 
 # %% ../nbs/14_parameters.ipynb #66f8238d
 import ast
@@ -299,7 +299,7 @@ RANGES = {key: (lambda v: v >= 1, "at least 1") for key in _AT_LEAST_ONE}
 RANGES |= {key: (lambda v: v >= 0, "at least 0") for key in "warmup_steps curriculum_steps weight_decay grad_clip seed compare synthetic_mb num_fewshot".split()}
 RANGES |= {"vocab_size": (lambda v: v >= 2, "at least 2")}
 RANGES |= {key: (lambda v: v > 0, "above 0") for key in "lr tau delta".split()}
-RANGES |= {key: (lambda v: 0 <= v < 1, "0 or more, below 1") for key in "dropout ema".split()}
+RANGES |= {key: (lambda v: 0 <= v < 1, "0 or more, below 1") for key in "dropout ema label_dropout".split()}
 RANGES |= {key: (lambda v: 0 < v <= 1, "above 0, up to 1") for key in "top_p".split()}
 
 
@@ -328,12 +328,14 @@ def _bundled(name):
 def check_data(params):
     """Data sets, splits and tokenizers that `duo.data` does not have. What the hub has is left to the run: asking takes the network."""
     from duo.data import DATASETS, check_split, tokenizer
+    from duo.images import IMAGES, is_images
 
     problems, names = [], params.get("data") or []
     splits = params.get("splits") or ([params["split"]] if "split" in params else ["train", "valid"] if "max_steps" in params or "rounds" in params else [])
     for name in names if isinstance(names, list) else [names]:
-        if name not in DATASETS and not Path(name).exists():
-            problems.append(_among("data", name, DATASETS, ", or a file or folder that exists"))
+        if name not in {**DATASETS, **IMAGES} and not Path(name).exists():
+            problems.append(_among("data", name, {**DATASETS, **IMAGES}, ", or a file or folder that exists"))
+        if is_images(name) or name not in DATASETS and not Path(name).exists():
             continue
         for split in splits:
             try:
@@ -341,6 +343,8 @@ def check_data(params):
             except ValueError as error:
                 problems.append(f"{'split' if str(error).startswith('split') else 'data'}: {str(error).removeprefix('data ')}")
     name = params.get("tokenizer")
+    if name == "pixels":
+        return problems
     if name is not None and _bundled(name):
         try:
             tokenizer(name)
@@ -357,10 +361,53 @@ def check_window(params):
     return [] if 0 < low < high < 1 else [f"alpha_min: given {low} with alpha_max {high}; allowed: 0 < alpha_min < alpha_max < 1"]
 
 
+_UNET_KEYS = {"ch": "hidden_size", "num_res_blocks": "n_blocks", "time_size": "cond_dim", "height": "length"}  # what a `UNetConfig` calls them
+
+
+def check_images(p):
+    """Problems of a training on images: what goes with them alone, sizes that a U-Net cannot have, classes that are not there."""
+    import numpy as np
+
+    from duo.images import IMAGES, is_images, sides
+    from duo.unet import UNetConfig
+
+    data, out, unet = p["data"], [], p["backbone"] == "unet"
+    if not is_images(data):
+        wrong = {"tokenizer": p["tokenizer"] == "pixels", "backbone": unet, "flip": p["flip"]}
+        return [f"{key}: given {p[key]} with data {data}, which is text; allowed with images alone ({', '.join(IMAGES)}, .npz)" for key in wrong if wrong[key]]
+    if p["tokenizer"] != "pixels":
+        out.append(f"tokenizer: given {p['tokenizer']} with data {data}; allowed: pixels")
+    if p.get("streaming"):
+        out.append(f"streaming: given true with data {data}; allowed: false (text alone streams)")
+    if unet and p["method"] == "ar":
+        out.append("method: given ar with backbone unet; allowed: duo, udlm, mdlm")
+    if unet and p["strategy"] == "fsdp":
+        out.append("strategy: given fsdp with backbone unet; allowed: auto, ddp")
+    if p["label_dropout"] is not None and not unet:
+        out.append(f"label_dropout: given {p['label_dropout']} with backbone dit; allowed: null (a U-Net alone is told the class)")
+    if p["top_k"] is not None and p["curriculum"] == "top-k" and p["top_k"] > 256:
+        out.append(f"top_k: given {p['top_k']}; allowed: up to the 256 values of a pixel")
+    try:
+        channels, side, classes = sides(data)
+        fitting = {channels * n * n: n for n in range(1, side + 1) if side % n == 0}
+        if p["length"] not in fitting:
+            out.append(f"length: given {p['length']} with data {data}; allowed: {', '.join(map(str, fitting))}")
+        elif unet and p["hidden_size"] > 0:
+            UNetConfig(256, channels, fitting[p["length"]], fitting[p["length"]], p["hidden_size"], p["ch_mult"], p["n_blocks"], p["attn_level"], time_size=p["cond_dim"])
+        if p["label_dropout"] is not None and not classes:
+            out.append(f"label_dropout: given {p['label_dropout']} with data {data}, which has no classes (y); allowed: null")
+    except FileNotFoundError:
+        pass  # named by `check_data`
+    except ValueError as error:
+        name, _, rest = str(error).partition(" ")
+        out.append(f"{_UNET_KEYS.get(name, name)}: {rest}")
+    return out
+
+
 def check_train(params):
     """Problems of a training's parameters taken together, as a list of "key: what is given; what is allowed"."""
-    p, out = params, check_data(params) + check_window(params)
-    if p["n_heads"] > 0 and (p["hidden_size"] % p["n_heads"] or p["hidden_size"] // p["n_heads"] % 2):
+    p, out = params, check_data(params) + check_window(params) + check_images(params)
+    if p["backbone"] == "dit" and p["n_heads"] > 0 and (p["hidden_size"] % p["n_heads"] or p["hidden_size"] // p["n_heads"] % 2):
         out.append(f"hidden_size: given {p['hidden_size']} for {p['n_heads']} heads; allowed: n_heads times an even number")
     if p["curriculum"] != "none" and p["method"] != "duo":
         out.append(f"curriculum: given {p['curriculum']} with method {p['method']}; allowed: none (duo alone has a curriculum)")
