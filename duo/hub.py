@@ -27,7 +27,7 @@ from .dit import DiT, DiTConfig
 from .likelihood import METHODS, linear_ar_nll, linear_nelbo, make_process, nelbo, network_vocab
 from .metrics import Scores, evaluate_bound
 from .processes import Absorbing
-from .samplers import Ancestral, AutoRegressive, sample
+from .samplers import Ancestral, AutoRegressive, FirstHitting, sample, sample_strides, template
 from .schedules import SCHEDULES, Cosine, LogLinear
 from .unet import UNet, UNetConfig
 
@@ -167,32 +167,28 @@ class Model(ModelHubMixin):
         return self.decode(self.sample_tokens(n, **options))
 
     def sample_tokens(self, n: int = 1, steps: int = 64, sampler=None, top_p: float = 1.0, tail: str = "sample", prompt=None, seed: int | None = None,
-                      generator=None, batch_size: int = 64, callback=None) -> torch.Tensor:
+                      generator=None, batch_size: int = 64, callback=None, temperature: float = 1.0, stop=None, length: int | None = None,
+                      stride: int | None = None) -> torch.Tensor:
         """(n, length) tokens by `samplers.sample`, in batches.
 
-        steps: network calls (an autoregressive model makes one a token and ignores it); sampler: Ancestral() by default; prompt: a text that every
-        sample begins with, or (tokens, is_fixed) of `samplers.sample`; seed or generator make it repeatable. Raises ValueError for a prompt that is
-        longer than a block.
+        steps: network calls (an autoregressive model, and FirstHitting, make one a token and ignore it); sampler: Ancestral() by default; prompt: a text
+        that every sample begins with or that has gaps (`samplers.template`), or (tokens, is_fixed) of `samplers.sample`; seed or generator make it
+        repeatable; length (default: a block) beyond a block is written in strides of `stride` tokens (default: half a block), each with `steps` calls.
+        Raises ValueError for a prompt that is longer than that.
         """
         if seed is not None:
             generator = torch.Generator(self.device).manual_seed(seed)
-        if self.process is None:
-            steps, sampler = None, AutoRegressive(bos=self.ends[0])
-        prompt = self._fixed(prompt)
-        options = dict(sampler=sampler or Ancestral(), tail=tail, top_p=top_p, prompt=prompt, generator=generator, callback=callback, device=self.device)
+        sampler = AutoRegressive(bos=self.ends[0]) if self.process is None else sampler or Ancestral()
+        if isinstance(sampler, (AutoRegressive, FirstHitting)):
+            steps = None
+        length = length or self.length
+        write = sample if length <= self.length else functools.partial(sample_strides, block=self.length, stride=stride or self.length // 2)
+        if isinstance(prompt, str):
+            prompt = tuple(part.to(self.device) for part in template(prompt, self.encode, length))
+        options = dict(sampler=sampler, tail=tail, top_p=top_p, prompt=prompt, generator=generator, callback=callback, device=self.device,
+                       temperature=temperature, stop=stop)
         batches = [min(batch_size, n - a) for a in range(0, n, batch_size)]
-        return torch.cat([sample(self.denoiser, self.process, self.schedule, (b, self.length), steps, **options) for b in batches])
-
-    def _fixed(self, prompt):
-        """A prompt's text as (tokens, is_fixed), (length,) each."""
-        if not isinstance(prompt, str):
-            return prompt
-        ids = self.encode(prompt)
-        if len(ids) > self.length:
-            raise ValueError(f"prompt has {len(ids)} tokens, the model's blocks have {self.length}: shorten it by {len(ids) - self.length}")
-        tokens, fixed = torch.zeros(self.length, dtype=torch.int64), torch.arange(self.length) < len(ids)
-        tokens[: len(ids)] = ids
-        return tokens.to(self.device), fixed.to(self.device)
+        return torch.cat([write(self.denoiser, self.process, self.schedule, (b, length), steps, **options) for b in batches])
 
     def _save_pretrained(self, save_directory):
         save(self, save_directory)
