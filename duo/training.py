@@ -34,7 +34,7 @@ from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEn
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
 from torch.utils.data import DataLoader, IterableDataset
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from .data import Batches
 from .dit import DiT
@@ -160,12 +160,12 @@ class Training(L.LightningModule):
             return
         from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-        nets, mesh = [net for net in self.children() if isinstance(net, DiT)], self.device_mesh["data_parallel"]
+        nets, mesh = [net for net in self.children() if isinstance(net, (DiT, UNet))], self.device_mesh["data_parallel"]
         for net in nets:
-            for block in net.blocks:
+            for block in getattr(net, "blocks", ()):
                 fully_shard(block, mesh=mesh)
             fully_shard(net, mesh=mesh)
-            register_fsdp_forward_method(net, "hidden")
+            register_fsdp_forward_method(net, "hidden" if isinstance(net, DiT) else "body")
 
     def configure_optimizers(self):
         optimizer = torch.optim.AdamW(self.net.parameters(), self.lr, weight_decay=self.weight_decay, fused=True)
@@ -544,7 +544,7 @@ def _finished(module, last, max_steps):
         raise KeyboardInterrupt(f"stopped after step {state['global_step']}; the same command goes on from there")
     for name, net in module.named_children():
         if _sharded(net):
-            setattr(module, name, DiT(net.config).requires_grad_(name == "net"))
+            setattr(module, name, (DiT if isinstance(net, DiT) else UNet)(net.config).requires_grad_(name == "net"))
     module.load_state_dict(state["state_dict"])
     return summary(last)
 
