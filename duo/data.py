@@ -94,20 +94,45 @@ def _byte_characters():
     return {b: chr(b) for b in plain} | {b: chr(256 + i) for i, b in enumerate(rest)}
 
 
+_BEFORE_WORDS = re.compile(r"(?<=\S)(?= \S)")
+
+
 class SubwordTokenizer:
     """A `tokenizers.Tokenizer` behind the common interface. `chars` is None where a symbol's characters depend on its neighbours."""
 
     def __init__(self, backend, name, bos_id=None, eos_id=None, pad_id=None):
+        backend.no_truncation()  # some published tokenizers cut off at 512 tokens
+        backend.no_padding()
         self.backend, self.name, self.bos_id, self.eos_id, self.pad_id = backend, name, bos_id, eos_id, pad_id
-        self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
+        self.vocab_size, self._known = backend.get_vocab_size(with_added_tokens=True), {}
 
     def encode(self, text):
         """Text → list of ids, nothing added at the ends."""
-        return self.encode_batch([text])[0]
+        return self.encode_batch([text])[0].tolist()
 
     def encode_batch(self, texts):
-        """Texts → list of lists of ids; the cores share the work."""
-        return [e.ids for e in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        """Texts → list of int arrays, one a text; the cores share the work."""
+        if not self._parts["spaced"]:
+            return [np.array(ids, np.uint32) for ids in self._encode(list(texts))]
+        pieces = [_BEFORE_WORDS.split(text) for text in texts]
+        known, distinct = self._known, set().union(*pieces)
+        if len(known) + len(distinct) > 1 << 19:
+            known = self._known = {}
+        new = list(distinct - known.keys())
+        known.update(zip(new, (np.array(ids, np.uint32).tobytes() for ids in self._encode(new))))
+        return [np.frombuffer(b"".join(map(known.__getitem__, p)), np.uint32) for p in pieces]
+
+    def _encode(self, texts):
+        return (e.ids for e in self.backend.encode_batch_fast(texts, add_special_tokens=False))
+
+    @cached_property
+    def _parts(self):
+        """What matters of the backend's description; `spaced`: no symbol reaches across a space that stands alone, and what is left of it has no bearing on what is right."""
+        spec = json.loads(self.backend.to_str())
+        kinds = [(spec[part] or {}).get("type") for part in ("normalizer", "pre_tokenizer", "decoder")]
+        gpt = kinds[:2] == [None, "ByteLevel"] and spec["pre_tokenizer"]["use_regex"] and not spec["pre_tokenizer"]["add_prefix_space"]
+        plain = not any(t["lstrip"] or t["rstrip"] or t["single_word"] or " " in t["content"] for t in spec["added_tokens"])
+        return {"decoder": kinds[2], "spaced": plain and (gpt or kinds[:2] == ["BertNormalizer", "BertPreTokenizer"])}
 
     def decode(self, ids):
         """Ids → text, special tokens included."""
@@ -116,8 +141,7 @@ class SubwordTokenizer:
     @cached_property
     def chars(self):
         """(V,) characters that each symbol stands for; special tokens count none."""
-        decoder = json.loads(self.backend.to_str())["decoder"]
-        if not decoder or decoder["type"] != "ByteLevel":
+        if self._parts["decoder"] != "ByteLevel":
             return None
         byte = {c: b for b, c in _byte_characters().items()}
         out = np.zeros(self.vocab_size, dtype=np.int64)
@@ -145,13 +169,6 @@ class BPETokenizer(SubwordTokenizer):
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         backend.decoder = decoders.ByteLevel()
         super().__init__(backend, name)
-
-    def encode_batch(self, texts):
-        """Texts → list of lists of ids. No merge crosses a space that stands alone, so each distinct piece between such spaces is encoded once."""
-        pieces = [re.split(r"(?<=\S)(?= \S)", text) for text in texts]
-        distinct = list(dict.fromkeys(chain.from_iterable(pieces)))
-        ids = dict(zip(distinct, super().encode_batch(distinct)))
-        return [list(chain.from_iterable(map(ids.__getitem__, p))) for p in pieces]
 
     def to_json(self):
         """Name and merges; see `tokenizer_from_json`."""
@@ -331,12 +348,13 @@ DETOKENIZERS = {
     "wikitext+lm1b": [*_WIKITEXT, *_LM1B],
     "ptb": [(r"\bN\b", "1"), (r"([$#]) (?=1)", r"\1"), (r" ('s|s '|n't)(?!\S)", r"\1"), (r" ?\n ?", "\n"), *_JOIN],
     "lambada": [("[“”]|``|''", '"'), (r"\A\s*", "\n"), (r"\s+\Z", "")],
-    "strip": [(r"\A\n+|\n+\Z", "")],
 }
 
 
 def detokenize(text, name):
-    """Undo the tokenisation that a corpus was published in, by the substitutions of `DETOKENIZERS[name]`; None leaves the text as it is."""
+    """Undo the tokenisation that a corpus was published in, by the substitutions of `DETOKENIZERS[name]`; "strip" takes empty lines off the ends, None leaves the text as it is."""
+    if name == "strip":
+        return text.strip("\n")
     for pattern, replacement in DETOKENIZERS[name] if name else ():
         text = re.sub(pattern, replacement, text)
     return text
@@ -746,7 +764,7 @@ def _identity(data, split):
     name = (row.hub or data) if row else str(path.resolve())
     stamps = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
     source = [row.hub, row.config, row.splits.get(split), row.column, row.files, row.revision] if row else []
-    rules = DETOKENIZERS[row.detokenizer if row else "strip"] if not row or row.detokenizer else []
+    rules = DETOKENIZERS[row.detokenizer] if row and row.detokenizer else []
     return {"data": name, "split": split, "source": source, "files": stamps, "detokenizer": rules}
 
 
@@ -775,7 +793,7 @@ def prepare(data, split, tokenizer, separator=(), workers=None, progress=False):
 def _tokenise(texts, tokenizer, separator, folder, key, workers, progress):
     """Write the missing parts, join them, and say so in store.json."""
     from tqdm import tqdm
-    size = min(max(1, -(-len(texts) // 64)), 8192)
+    size = min(max(64, -(-len(texts) // 64)), 8192)
     parts, plan = folder / _PARTS, {"documents": len(texts), "size": size}
     if parts.exists() and (not (parts / "plan.json").exists() or json.loads((parts / "plan.json").read_text()) != plan):
         shutil.rmtree(parts)
