@@ -6,7 +6,7 @@
 __all__ = ['AUSTEN_ALPHABET', 'AUSTEN_BOOKS', 'DETOKENIZERS', 'DATASETS', 'SPLITS', 'CharTokenizer', 'Text8Tokenizer',
            'SubwordTokenizer', 'BPETokenizer', 'train_bpe', 'PixelTokenizer', 'tokenizer', 'tokenizer_from_json',
            'austen_books', 'detokenize', 'DataSet', 'Texts', 'check_split', 'documents', 'Blocks', 'pack', 'pad',
-           'Prompted', 'prompted', 'TokenFile', 'store_path', 'prepare', 'load_blocks', 'Batches', 'Streamed']
+           'Conditional', 'conditional', 'TokenFile', 'store_path', 'prepare', 'load_blocks', 'Batches', 'Streamed']
 
 # %% ../nbs/08_data.ipynb #edc3f37f
 import hashlib
@@ -470,8 +470,8 @@ def documents(data, split="train", streaming=False):
     else:
         rows, column, detokenizer = _hub(row, split, streaming), row.column, row.detokenizer
     columns = rows.column_names or list(next(iter(rows)))
-    if row is None and "prompt" in columns:
-        raise ValueError(f"data {str(data)!r} has prompts, which are no documents; load_blocks reads it")
+    if row is None and {"prompt", "known"} & set(columns):
+        raise ValueError(f"data {str(data)!r} is conditional, its lines are no documents; load_blocks reads it")
     if column not in columns:
         raise ValueError(f"data {str(data)!r}: every row needs a field {column!r}, found {', '.join(columns)}")
     if not streaming:
@@ -606,7 +606,7 @@ class Blocks:
 
     def more(self, index):
         """What training is told of blocks `index` beside their tokens, a dict of tensors: where not every token counts, `weights` (n, L) of mean 1,
-        equal for those that do and 0 for others; with prompts, `fixed` (n, L) bool, the tokens that are given."""
+        equal for those that do and 0 for others; with conditional data, `fixed` (n, L) bool, the tokens that are given."""
         mask = self.mask_of(index)
         return {} if mask is None else {"weights": torch.from_numpy(mask / mask.mean()).float()}
 
@@ -683,44 +683,49 @@ def pad(texts, tokenizer, length, frame=(), pad_id=None):
     return Blocks(stream, length, tokenizer, ends, frame, _pad_id(tokenizer) if pad_id is None else pad_id)
 
 # %% ../nbs/08_data.ipynb #4bacee64
-class Prompted(Blocks):
-    """Blocks of a prompt, which is given, and a text, which counts. `tokens` (N, L) holds both, `given` (N,) is the number of tokens of each prompt. Made by `prompted`."""
+class Conditional(Blocks):
+    """Blocks of which some tokens are given: `tokens` (N, L), `fixed` (N, L) bool. The others count. Made by `conditional`."""
 
-    def __init__(self, tokens, tokenizer, given):
+    def __init__(self, tokens, fixed, tokenizer):
         super().__init__(tokens.reshape(-1), tokens.shape[1], tokenizer, ends=np.arange(1, len(tokens) + 1, dtype=np.int64) * tokens.shape[1])
-        self.given = given
-
-    def fixed_of(self, index):
-        """(n, L) bool, the tokens of blocks `index` that are given."""
-        return np.arange(self.length) < self.given[index][..., None]
+        self.fixed = fixed
 
     def mask_of(self, index):
         """(n, L) bool, the tokens of blocks `index` that count: those that are not given."""
-        return ~self.fixed_of(index)
+        return ~self.fixed[index]
 
     def more(self, index):
         """`weights` and `fixed`, as in `Blocks`."""
-        return super().more(index) | {"fixed": torch.from_numpy(self.fixed_of(index))}
+        return super().more(index) | {"fixed": torch.from_numpy(self.fixed[index])}
 
     @property
     def n_tokens(self):
         """Tokens that count."""
-        return len(self) * self.length - int(self.given.sum())
+        return int((~self.fixed).sum())
 
 
-def prompted(prompts, texts, tokenizer, length):
-    """`Prompted` blocks of `length` tokens, one for each prompt and its text, filled up with the tokenizer's eos. Raises ValueError where these are too long,
-    where the tokenizer has no eos and they are too short, and where nothing is left to learn."""
-    parts = list(zip(tokenizer.encode_batch(prompts), tokenizer.encode_batch(texts)))
-    eos, given = tokenizer.eos_id, np.array([len(head) for head, _ in parts], dtype=np.int64)
-    tokens = np.full((len(parts), length), 0 if eos is None else eos, _compact(tokenizer.vocab_size))
-    for i, (row, (head, tail)) in enumerate(zip(tokens, parts)):
-        size = len(head) + len(tail)
-        if len(head) >= length or size > length or size < length and eos is None:
-            allowed = f"fewer than length={length} in the prompt and up to that in both" if eos is not None else f"length={length}, as tokenizer {tokenizer.name!r} has no symbol that ends a text"
-            raise ValueError(f"prompt and text: line {i + 1} has {len(head)} + {len(tail)} tokens; allowed: {allowed}")
-        row[:size] = np.concatenate([head, tail])
-    return Prompted(tokens, tokenizer, given)
+def conditional(lines, tokenizer, length):
+    """`Conditional` blocks of `length` tokens, one for each line, a dict of texts: `text`, and `prompt`, given before it, or `known`, as many tokens as the text and given where
+    they are the same. The tokenizer's eos fills up. Raises ValueError, naming the line, where these are too long, too short without an eos, or all given."""
+    key, eos = "prompt" if lines and "prompt" in lines[0] else "known", tokenizer.eos_id
+    columns = [[line.get(name) for line in lines] for name in (key, "text")]
+    for name, column in zip((key, "text"), columns):
+        if (bad := next((i for i, text in enumerate(column) if not isinstance(text, str)), None)) is not None:
+            raise ValueError(f"line {bad + 1} has no text in the field {name!r}")
+    tokens = np.full((len(lines), length), 0 if eos is None else eos, _compact(tokenizer.vocab_size))
+    fixed = np.zeros((len(lines), length), bool)
+    for i, (head, tail) in enumerate(zip(*map(tokenizer.encode_batch, columns))):
+        if key == "known" and len(head) != len(tail):
+            raise ValueError(f"line {i + 1} has {len(head)} tokens in known and {len(tail)} in text; allowed: as many")
+        row = np.concatenate([head, tail]).astype(np.int64) if key == "prompt" else np.asarray(tail)
+        if len(row) > length or len(row) < length and eos is None:
+            raise ValueError(f"line {i + 1} has {len(row)} tokens; allowed: {'length' if eos is None else 'up to length'}={length}"
+                             + f", as tokenizer {tokenizer.name!r} has no symbol that ends a text" * (eos is None))
+        tokens[i, :len(row)] = row
+        fixed[i, :len(head)] = key == "prompt" or np.asarray(head) == row
+        if fixed[i].all():
+            raise ValueError(f"line {i + 1}: every token is given; allowed: some to learn")
+    return Conditional(tokens, fixed, tokenizer)
 
 # %% ../nbs/08_data.ipynb #1f9e113a
 _FORMAT = 1  # of a store
@@ -889,19 +894,9 @@ def _separator(tokenizer, kind):
         return ()
 
 
-def _conditional(rows, data, tokenizer, length):
-    """`prompted` blocks of rows with the fields "prompt" and "text"."""
-    if "text" not in rows.column_names:
-        raise ValueError(f"data {str(data)!r}: every row needs a field 'text' beside 'prompt', found {', '.join(rows.column_names)}")
-    for name in ("prompt", "text"):
-        if (bad := next((i for i, value in enumerate(rows[name]) if not isinstance(value, str)), None)) is not None:
-            raise ValueError(f"data {str(data)!r}: line {bad + 1} has no text in the field {name!r}")
-    return prompted(rows["prompt"][:], rows["text"][:], tokenizer, length)
-
-
 def load_blocks(data, split, tokenizer, length, layout=None, separator=None, workers=None, progress=False):
     """The `Blocks` of a split of a data set (a name in `DATASETS` or a path). `layout` "packed" or "padded" and `separator` "eos" or "" (between documents) replace what the row of the data set says.
-    Files of one's own whose rows have a field "prompt" give `Prompted` blocks.
+    Files of one's own whose rows have a field "prompt" or "known" give `Conditional` blocks.
 
     Raises ValueError where the text does not fill one block: a set that is empty at this length has no perplexity."""
     if layout not in (None, "packed", "padded"):
@@ -911,8 +906,8 @@ def load_blocks(data, split, tokenizer, length, layout=None, separator=None, wor
     between = () if padded else _separator(tokenizer, row.separator if separator is None else separator)
     frame = (tokenizer.bos_id, tokenizer.eos_id) if row.frame and None not in (tokenizer.bos_id, tokenizer.eos_id) else ()
     try:
-        if row is _MINE and "prompt" in (rows := _local(data, split)[0]).column_names:
-            return _conditional(rows, data, tokenizer, length)
+        if row is _MINE and {"prompt", "known"} & set((rows := _local(data, split)[0]).column_names):
+            return conditional(list(rows), tokenizer, length)
         if row.read and not row.hub:
             texts = documents(data, split)
             return pad(texts, tokenizer, length, frame) if padded else pack(texts, tokenizer, length, between, frame)
@@ -920,7 +915,8 @@ def load_blocks(data, split, tokenizer, length, layout=None, separator=None, wor
         stream = TokenFile(folder / "tokens.bin", _compact(tokenizer.vocab_size))
         return Blocks(stream, length, tokenizer, TokenFile(folder / "ends.bin", np.int64) if padded else None, frame, _pad_id(tokenizer), row.crops)
     except ValueError as error:
-        raise ValueError(f"{error} (data {data}, split {split}); take a shorter length" if "do not fill" in str(error) else str(error)) from None
+        where = f" (data {data}, split {split})" if "do not fill" in str(error) or str(error).startswith("line ") else ""
+        raise ValueError(f"{error}{where}{'; take a shorter length' if 'do not fill' in str(error) else ''}") from None
 
 # %% ../nbs/08_data.ipynb #3a0e1903
 class Batches:
