@@ -24,12 +24,12 @@ from safetensors.torch import save_file
 from .data import PixelTokenizer, SubwordTokenizer, tokenizer_from_json
 from .data import tokenizer as tokenizer_of
 from .dit import DiT, DiTConfig
-from .likelihood import METHODS, linear_ar_nll, linear_nelbo, make_process, nelbo, network_vocab
+from .likelihood import METHODS, linear_ar_nll, linear_nelbo, make_process, network_vocab
 from .metrics import Scores, evaluate_bound
 from .processes import Absorbing
-from .samplers import Ancestral, AutoRegressive, FirstHitting, sample, sample_strides, template
+from .samplers import Ancestral, AutoRegressive, FirstHitting, guided, sample, sample_strides, template
 from .schedules import SCHEDULES, Cosine, LogLinear
-from .unet import UNet, UNetConfig
+from .unet import UNet, UNetConfig, unet_nelbo
 
 # %% ../nbs/13_hub.ipynb #5a873ae4
 @dataclasses.dataclass(eq=False)
@@ -125,25 +125,23 @@ class Model(ModelHubMixin):
         """The callable (xt (B, L), sigma (B,)) -> logits (B, L, K) that `samplers.sample` takes; an autoregressive one keeps keys and values."""
         return _Causal(self.net, *self.ends) if self.process is None else self.net
 
-    def loss(self, x0, t, generator=None) -> torch.Tensor:
-        """(B, L) nats of x0 (B, L) at times t (B,): one draw of the bound (paper I, Eq. 17), or the exact −log p of an autoregressive model."""
+    def loss(self, x0, t, generator=None, labels=None) -> torch.Tensor:
+        """(B, L) nats of x0 (B, L) at times t (B,): one draw of the bound (paper I, Eq. 17), or the exact −log p of an autoregressive model. A network
+        with classes is told the `labels` (B,), or none."""
         if self.process is None:
             never, start = self.ends
             hidden = self.net.hidden(torch.cat([torch.full_like(x0[:, :1], start), x0[:, :-1]], 1))
             bias = self.net.head.bias.index_fill(0, torch.tensor(never, device=x0.device), -torch.inf)
             return linear_ar_nll(hidden, self.net.head.weight, bias, x0)
         alpha, alpha_dot = self.schedule.alpha(t)[:, None], self.schedule.alpha_dot(t)[:, None]
-        return self.bound(x0, self.process.corrupt(x0, alpha, generator), alpha, alpha_dot)
+        return self.bound(x0, self.process.corrupt(x0, alpha, generator), alpha, alpha_dot, labels)
 
-    def bound(self, x0, xt, alpha, alpha_dot) -> torch.Tensor:
+    def bound(self, x0, xt, alpha, alpha_dot, labels=None) -> torch.Tensor:
         """(B, L) nats of the bound's integrand for clean x0 and noisy xt, (B, L) each, at α (B, 1) with the derivative α′ (B, 1)."""
         sigma = -alpha[:, 0].log()
         if hasattr(self.net, "head"):
             return linear_nelbo(self.process, self.net.hidden(xt, sigma), self.net.head.weight, self.net.head.bias, x0, xt, alpha, alpha_dot)
-        logits = self.net(xt, sigma)
-        if self.process.hides_mask:
-            logits = logits.index_fill(-1, torch.tensor(self.process.mask_id, device=logits.device), -torch.inf)
-        return nelbo(self.process, logits.log_softmax(-1), x0, xt, alpha, alpha_dot)
+        return unet_nelbo(self.net, self.process, xt, sigma, x0, xt, alpha, alpha_dot, labels)
 
     def nll(self, texts, draws: int = 8, batch_size: int = 32, generator=None) -> Scores:
         """Scores of texts (list of str) or tokens (N, n): nats (a bound unless autoregressive, mean of `draws`), tokens and characters of each.
@@ -168,14 +166,18 @@ class Model(ModelHubMixin):
 
     def sample_tokens(self, n: int = 1, steps: int = 64, sampler=None, top_p: float = 1.0, tail: str = "sample", prompt=None, seed: int | None = None,
                       generator=None, batch_size: int = 64, callback=None, temperature: float = 1.0, stop=None, length: int | None = None,
-                      stride: int | None = None) -> torch.Tensor:
+                      stride: int | None = None, labels=None, guidance: float = 1.0) -> torch.Tensor:
         """(n, length) tokens by `samplers.sample`, in batches.
 
         steps: network calls (an autoregressive model, and FirstHitting, make one a token and ignore it); sampler: Ancestral() by default; prompt: a text
         that every sample begins with or that has gaps (`samplers.template`), or (tokens, is_fixed) of `samplers.sample`; seed or generator make it
         repeatable; length (default: a block) beyond a block is written in strides of `stride` tokens (default: half a block), each with `steps` calls.
-        Raises ValueError for a prompt that is longer than that.
+        labels: of a model with classes, the class of all samples or of each, (n,); guidance: the weight of `samplers.guided` (1: none).
+        Raises ValueError for a prompt that is longer than a block's strides allow, and for labels that do not fit.
         """
+        if labels is None and guidance != 1:
+            raise ValueError(f"guidance {guidance} needs labels, the classes of the samples")
+        labels = None if labels is None else torch.as_tensor(labels, device=self.device).expand(n)
         if seed is not None:
             generator = torch.Generator(self.device).manual_seed(seed)
         sampler = AutoRegressive(bos=self.ends[0]) if self.process is None else sampler or Ancestral()
@@ -187,8 +189,12 @@ class Model(ModelHubMixin):
             prompt = tuple(part.to(self.device) for part in template(prompt, self.encode, length))
         options = dict(sampler=sampler, tail=tail, top_p=top_p, prompt=prompt, generator=generator, callback=callback, device=self.device,
                        temperature=temperature, stop=stop)
-        batches = [min(batch_size, n - a) for a in range(0, n, batch_size)]
-        return torch.cat([write(self.denoiser, self.process, self.schedule, (b, length), steps, **options) for b in batches])
+        found = []
+        for a in range(0, n, batch_size):
+            b = min(batch_size, n - a)
+            denoiser = self.denoiser if labels is None else guided(self.net, guidance, labels[a:a + b])
+            found.append(write(denoiser, self.process, self.schedule, (b, length), steps, **options))
+        return torch.cat(found)
 
     def _save_pretrained(self, save_directory):
         save(self, save_directory)
@@ -617,7 +623,7 @@ def card(config: dict, metrics: dict, name: str = "path/or/owner-name", license:
     table = "\n".join(f"| {k} | {f'{v:,}' if isinstance(v, int) and not isinstance(v, bool) else v} |" for k, v in [*rows, *numbers])
     exact = METHODS[config["method"]].prior is None
     bound = "" if exact else " Likelihoods are upper bounds (the bound of the diffusion process, Monte-Carlo)."
-    front = f"---\nlicense: {license}\nlibrary_name: duo\npipeline_tag: text-generation\ntags:\n- discrete-diffusion\n- {config['method']}\n---\n"
+    front = f"---\nlicense: {license}\nlibrary_name: duo\npipeline_tag: {'unconditional-image' if config.get('network') == 'unet' else 'text'}-generation\ntags:\n- discrete-diffusion\n- {config['method']}\n---\n"
     return f"""{front}
 # {config['method']} on {config.get('training', {}).get('data', 'text')}, {_size(config)}
 
