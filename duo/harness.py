@@ -60,7 +60,7 @@ class Harness(TemplateLM):
 
     pretrained: a `hub.Model`, or what `hub.load` takes. draws: noised copies behind each likelihood (1 for autoregressive models, which are exact); mode: "suffix" for the bound of the continuation given the
     clean context, "full" for that of both; steps: network calls to generate with (None: one a token); top_p; batch_size: rows at once; max_length: tokens of context and continuation together (None: the
-    model's block). `details` lists, for every likelihood, its standard error (nats), draws, tokens and how many tokens of context were cut off. Raises ValueError for options that do not fit."""
+    model's block). `details` lists, for every likelihood, its kind, value, standard error (nats), draws, tokens and how many tokens of context were cut off. Raises ValueError for options that do not fit."""
 
     def __init__(self, pretrained, draws=32, mode="suffix", steps=None, top_p=1.0, batch_size=64, max_length=None, max_gen_toks=256, device=None, seed=1, progress=True, max_batch_size=None):
         super().__init__()
@@ -112,7 +112,7 @@ class Harness(TemplateLM):
         for i, (texts, context, continuation) in enumerate(requests):
             mine = owned.get(i, [])
             nats, variance = sum(s[0] for s, _ in mine), sum(s[1] ** 2 for s, _ in mine)
-            self.details.append({"loglikelihood": -nats, "se": math.sqrt(variance), "draws": self.draws, "tokens": len(continuation), "truncated": len(context) - mine[0][1] if mine else 0})
+            self.details.append({"kind": name, "value": -nats, "se": math.sqrt(variance), "draws": self.draws, "tokens": len(continuation), "truncated": len(context) - mine[0][1] if mine else 0})
             results.append((-nats, all(s[2] for s, _ in mine)))
             self.cache_hook.add_partial(name, texts, results[-1] if name == "loglikelihood" else -nats)
         if cut := sum(d["truncated"] > 0 for d in self.details[-len(requests):] if requests):
@@ -204,12 +204,8 @@ class Harness(TemplateLM):
         draw = bool(settings.get("do_sample", temperature > 0)) and temperature != 0
         tokens = torch.tensor(context + [0] * n, device=self._device)
         prompt = tokens, torch.arange(len(tokens), device=self._device) < len(context)
-        block = self.model.length
-        self.model.length = len(tokens)
-        try:
-            out = self.model.sample_tokens(1, steps=self.steps or n, top_p=float(settings.get("top_p", self.top_p)), tail="sample" if draw else "greedy", prompt=prompt, generator=self.generator)
-        finally:
-            self.model.length = block
+        out = self.model.sample_tokens(1, steps=self.steps or n, top_p=float(settings.get("top_p", self.top_p)), tail="sample" if draw else "greedy", prompt=prompt,
+                                       generator=self.generator, length=len(tokens), temperature=temperature if draw and temperature else 1.0)
         return self.model.decode(out[0, len(context):])
 
 # %% ../nbs/16_harness.ipynb #8ba26897
