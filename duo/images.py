@@ -54,6 +54,9 @@ class Images:
         x = np.where(np.asarray(mirrored, bool)[..., None, None, None], x[..., ::-1], x)
         return torch.from_numpy(x.reshape(*index.shape, self.length).astype(np.int64))
 
+    def mask_of(self, index):
+        """None: every token counts."""
+
     def more(self, index):
         """What belongs to images `index` besides: {"labels": (n,) int64}, {} where there are none."""
         return {} if self.labels is None else {"labels": torch.from_numpy(self.labels[index])}

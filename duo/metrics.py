@@ -145,13 +145,13 @@ def _progress(items, show: bool):
 
 
 def evaluate_bound(loss, blocks, draws: int = 8, batch_size: int = 64, mask=None, characters=None, exact: bool = False, power: float = 3.0,
-                   generator=None, device=None, progress: bool = False) -> Bound:
+                   generator=None, device=None, progress: bool = False, labels=None) -> Bound:
     """The bound of a data set, one stratified t per sequence, the whole set repeated `draws` times (paper I, Eq. 17, App. C.4).
 
     loss(x0, t, generator) -> (B, L) nats for x0 (B, L) int64 and t (B,) float64; t = u^power with u stratified over [0, 1], and the loss is
     weighted by dt/du, so that every power is unbiased (1: uniform t, as in the papers). blocks (N, L); mask (N, L), true where a token counts;
     characters (N,) of each block, or one number for all (mask and characters default to those of `duo.data.Blocks`); exact=True for a likelihood
-    that does not depend on t: one pass, no Monte-Carlo error. Batches go to `device` (that of the blocks where None), where a generator must be.
+    that does not depend on t: one pass, no Monte-Carlo error; labels (N,) int64: handed on, loss(x0, t, generator, labels (B,)). Batches go to `device` (that of the blocks where None), where a generator must be.
     Raises ValueError for fewer than two draws, which have no standard error.
     """
     if exact:
@@ -171,7 +171,8 @@ def evaluate_bound(loss, blocks, draws: int = 8, batch_size: int = 64, mask=None
             x0 = torch.as_tensor(blocks[rows]).to(device, torch.int64)
             keep = torch.ones_like(x0) if mask is None else torch.as_tensor(mask[rows]).to(x0)
             u = times[r][rows]
-            nats[r, rows] = torch.where(keep.bool(), loss(x0, u**power, generator), 0).double().sum(-1).cpu()
+            more = () if labels is None else (torch.as_tensor(labels[rows]).to(device),)
+            nats[r, rows] = torch.where(keep.bool(), loss(x0, u**power, generator, *more), 0).double().sum(-1).cpu()
             if not exact:
                 nats[r, rows] *= (power * u ** (power - 1)).cpu()
             tokens[rows] = keep.sum(-1).double().cpu()
