@@ -485,21 +485,29 @@ def greedy_tail(process, logits, xt, alpha_t, posterior=False):
     return torch.where(keep, xt, token)
 
 # %% ../nbs/11_samplers.ipynb #b5ea2b64
-def check_sampler(sampler, process, time_conditioning=False, scores=False):
-    """ValueError, in one line, where a sampler does not go with a process or with a network: one that is told the time, or one that gives scores."""
-    masks = process is not None and process.p_uniform == 0
-    if process is None and not isinstance(sampler, (AutoRegressive, Ancestral)):
-        raise ValueError(f"sampler: {type(sampler).__name__} is for diffusion, an autoregressive model has its own")
-    if isinstance(sampler, Analytic) and not scores:
-        raise ValueError("sampler: Analytic reads log-scores (SEDD): wrap a denoiser that gives them in LogScores, any other in log_scores; or take Ancestral")
-    if isinstance(sampler, Gibbs) and masks:
-        raise ValueError("sampler: Gibbs corrects tokens that the network sees, which a model of absorbing noise was never asked about; take Psi (ReMDM)")
-    if isinstance(sampler, FirstHitting) and not masks:
-        raise ValueError(f"sampler: FirstHitting writes each mask once and needs absorbing noise, got {process}")
-    if isinstance(getattr(sampler, "kappa", None), Conf) and not masks:
-        raise ValueError(f"kappa: Conf remembers how sure a mask was filled in and needs absorbing noise, got {process}")
-    if getattr(sampler, "cache", False) and time_conditioning and not isinstance(sampler, AutoRegressive):
-        raise ValueError(f"sampler: {type(sampler).__name__} with a cache needs a network without time conditioning, whose answer to an unchanged text is the same")
+def check_sampler(sampler, process, time_conditioning=False, scores=False, tail="sample", top_p=1.0, temperature=1.0, stop=None):
+    """ValueError, in one line, where a sampler does not go with a process, with a network that is told the time or gives scores, or with the other
+    arguments of `sample`, or where one of these is out of range. `process` is None for an autoregressive model."""
+    if tail not in TAILS:
+        raise ValueError(f"tail must be one of {', '.join(TAILS)}, got {tail!r}")
+    _number("top_p", top_p, 0, 1, open_low=True)
+    _number("temperature", temperature, 0, math.inf, open_low=True)
+    masks, ar = process is not None and process.p_uniform == 0, isinstance(sampler, AutoRegressive)
+    plain, plain_end = (top_p, temperature, stop) == (1, 1, None), tail == "sample" and stop is None and not scores
+    for wrong, why in (
+            (process is None and not ar, f"{type(sampler).__name__} is for diffusion, an autoregressive model writes from left to right"),
+            (isinstance(sampler, Analytic) and not scores, "Analytic reads log-scores (SEDD): wrap a denoiser that gives them in LogScores, any other in log_scores; "
+                                                           "or take Ancestral"),
+            (isinstance(sampler, Analytic) and not plain, "Analytic draws from scores as they are, without top_p, temperature and stop; Ancestral takes all three"),
+            (isinstance(sampler, Gibbs) and masks, "Gibbs corrects tokens that the network sees, which a model of absorbing noise was never asked about; take Psi (ReMDM)"),
+            (isinstance(sampler, FirstHitting) and not masks, f"FirstHitting writes each mask once and needs absorbing noise, got {process}"),
+            (isinstance(sampler, FirstHitting) and not plain_end, "FirstHitting has neither a grid nor a last step: tail must be sample, stop None, and the denoiser one of x_θ"),
+            (isinstance(getattr(sampler, "kappa", None), Conf) and not masks, f"Conf remembers how sure a mask was filled in and needs absorbing noise, got {process}"),
+            (ar and (stop is not None or scores), "AutoRegressive draws each token once, from logits: stop must be None, and the denoiser no LogScores"),
+            (not ar and getattr(sampler, "cache", False) and time_conditioning, f"{type(sampler).__name__} with a cache needs a network without time conditioning, whose answer to "
+                                                                                 "an unchanged text is the same")):
+        if wrong:
+            raise ValueError(f"sampler: {why}")
 
 # %% ../nbs/11_samplers.ipynb #44d865e3
 @dataclass(frozen=True)
@@ -571,7 +579,7 @@ def sample(denoiser, process, schedule, shape, steps, sampler=Ancestral(), tail=
     change. `callback(step, xt, logits)` sees every call. `stop`: `Settled(...)`. Runs on `device`, by default the network's. Raises ValueError for arguments
     that do not fit together."""
     denoiser, scores = (denoiser.denoiser, True) if isinstance(denoiser, LogScores) else (denoiser, False)
-    _check_arguments(denoiser, process, sampler, tail, top_p, temperature, stop, scores)
+    check_sampler(sampler, process, getattr(getattr(denoiser, "config", None), "time_conditioning", False), scores, tail, top_p, temperature, stop)
     if isinstance(sampler, (AutoRegressive, FirstHitting)):
         options = dict(steps=steps, top_p=top_p, prompt=prompt, generator=generator, callback=callback, device=device, temperature=temperature)
         if isinstance(sampler, FirstHitting):
@@ -626,21 +634,6 @@ def _confidence(process, logits, new):
     p = logits(ids).double().index_fill(-1, torch.tensor(process.mask_id, device=new.device), -math.inf).softmax(-1)
     psi[ids] = p.gather(-1, new[ids, None])[:, 0]
     return psi
-
-
-def _check_arguments(denoiser, process, sampler, tail, top_p, temperature, stop, scores):
-    """ValueError for arguments of `sample` that are out of range or do not go together."""
-    if tail not in TAILS:
-        raise ValueError(f"tail must be one of {', '.join(TAILS)}, got {tail!r}")
-    _number("top_p", top_p, 0, 1, open_low=True)
-    _number("temperature", temperature, 0, math.inf, open_low=True)
-    check_sampler(sampler, process, getattr(getattr(denoiser, "config", None), "time_conditioning", False), scores)
-    if isinstance(sampler, Analytic) and (top_p, temperature, stop) != (1, 1, None):
-        raise ValueError("sampler: Analytic draws from scores as they are, without top_p, temperature and stop; LogScores with Ancestral takes all three")
-    if isinstance(sampler, FirstHitting) and (tail != "sample" or stop is not None or scores):
-        raise ValueError("sampler: FirstHitting has neither a grid nor a last step: tail must be sample, stop None, and the denoiser one of x_θ")
-    if isinstance(sampler, AutoRegressive) and (stop is not None or scores):
-        raise ValueError("sampler: AutoRegressive draws each token once, from logits: stop must be None, and the denoiser no LogScores")
 
 
 def _chooser(process, sampler, tail, top_p, temperature, generator):
