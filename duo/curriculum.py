@@ -27,7 +27,9 @@ def relax(x0, gamma, tau, vocab_size, top_k=None, generator=None):
     w = torch.randn(*x0.shape, vocab_size, device=x0.device, generator=generator).mul_(s.float().unsqueeze(-1))
     w.scatter_add_(-1, x0.unsqueeze(-1), a.float().expand(x0.shape).unsqueeze(-1))
     xt = w.argmax(-1)
-    return w.div_(tau).softmax(-1), xt
+    for rows in w.view(-1, vocab_size).split(max(1, (2**19 if w.is_cpu else 2**27) // vocab_size)):  # in place, some rows at a time, in cache
+        rows.copy_(rows.div_(tau).softmax(-1))
+    return w, xt
 
 # %% ../nbs/07_curriculum.ipynb #ba5b5feb
 def _largest(shape, count, total, device=None, generator=None):

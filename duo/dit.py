@@ -98,6 +98,7 @@ class Embedding(nn.Module):
         self.embedding = nn.Parameter(torch.empty(vocab_size, hidden_size).uniform_(-hidden_size ** -0.5, hidden_size ** -0.5))
 
     def forward(self, x):
+        """(B, L, d), as the class says."""
         table = self.embedding
         if isinstance(x, (tuple, list)):
             index, weight = x
@@ -132,6 +133,7 @@ class SigmaEmbedding(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(n_features, cond_dim), nn.SiLU(), nn.Linear(cond_dim, cond_dim))
 
     def forward(self, sigma):
+        """(B, cond_dim), in float32 at least."""
         half, weight = self.n_features // 2, self.mlp[0].weight
         dtype = torch.promote_types(weight.dtype, torch.float32)
         frequency = torch.exp(torch.arange(half, device=sigma.device, dtype=dtype) * (-math.log(1e4) / half))
