@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['RANGES', 'CHECKS', 'RunError', 'find_root', 'relative', 'targets', 'find_target', 'Parameter', 'read_parameters',
-           'read_yaml', 'read_overrides', 'read_keywords', 'check_ranges', 'check_data', 'check_window', 'check_images',
-           'check_train', 'check_checkpoint', 'check_sample', 'check_harness', 'check_distil', 'check_bench',
-           'launcher', 'processes', 'check_devices', 'check', 'Job', 'plan', 'table', 'listing', 'describe']
+           'read_yaml', 'read_overrides', 'read_keywords', 'check_ranges', 'check_data', 'check_conditional',
+           'check_window', 'check_images', 'check_train', 'check_checkpoint', 'check_likelihood', 'check_sample',
+           'check_solve', 'check_puzzles', 'check_harness', 'check_distil', 'check_bench', 'launcher', 'processes',
+           'check_devices', 'check', 'Job', 'plan', 'table', 'listing', 'describe']
 
 # %% ../nbs/14_parameters.ipynb #66f8238d
 import ast
@@ -294,7 +295,7 @@ def read_keywords(given, parameters):
 # %% ../nbs/14_parameters.ipynb #a3e035f9
 _AT_LEAST_ONE = ("length hidden_size n_blocks n_heads cond_dim batch_size device_batch_size devices max_steps top_k valid_every valid_draws "
                  "valid_blocks checkpoint_every n steps draws rounds steps_per_round blocks workers limit threads textbook_rounds memory_tokens "
-                 "ar_length scaling_vocab scaling_length scaling_batch scaling_rounds").split()
+                 "ar_length scaling_vocab scaling_length scaling_batch scaling_rounds box_rows box_columns train test copies").split()
 RANGES = {key: (lambda v: v >= 1, "at least 1") for key in _AT_LEAST_ONE}
 RANGES |= {key: (lambda v: v >= 0, "at least 0") for key in "warmup_steps curriculum_steps weight_decay grad_clip seed compare synthetic_mb num_fewshot".split()}
 RANGES |= {"vocab_size": (lambda v: v >= 2, "at least 2")}
@@ -355,6 +356,38 @@ def check_data(params):
     return problems
 
 
+def _first(name, split):
+    """The first line of a .jsonl file, or of a directory with one, where it is conditional data; None elsewhere."""
+    file = Path(name) / f"{split}.jsonl" if Path(name).is_dir() else Path(name)
+    if file.suffix == ".jsonl" and file.is_file():
+        with contextlib.suppress(ValueError), file.open(encoding="utf-8") as lines:
+            first = json.loads(lines.readline())
+            return first if isinstance(first, dict) and {"prompt", "known"} & set(first) else None
+    return None
+
+
+def check_conditional(params):
+    """Conditional data of a training: lines that do not fit a block, judged by the first, a form for an autoregressive model, and streaming."""
+    from duo.data import conditional, tokenizer
+
+    out = []
+    for split in ("train", "valid"):
+        if (line := _first(params["data"], split)) is None:
+            continue
+        if params.get("streaming"):
+            out.append("streaming: given true for conditional data; allowed: false")
+        if params["method"] == "ar" and "prompt" not in line:
+            out.append(f"method: given ar for {params['data']}, where gaps are filled in; allowed: other methods, or data with a prompt before the text")
+        if _bundled(params["tokenizer"]):
+            try:
+                conditional([line], tokenizer(params["tokenizer"]), params["length"])
+            except ValueError as error:
+                out.append(f"length: given {params['length']} for {split} of {params['data']}: {error}")
+        if out:
+            break
+    return out
+
+
 def check_window(params):
     """A window of α that is none: the two ends of the curriculum, and of the noise that distillation draws."""
     low, high = params["alpha_min"], params["alpha_max"]
@@ -407,6 +440,7 @@ def check_images(p):
 def check_train(params):
     """Problems of a training's parameters taken together, as a list of "key: what is given; what is allowed"."""
     p, out = params, check_data(params) + check_window(params) + check_images(params)
+    out += [] if out else check_conditional(params)
     if p["backbone"] == "dit" and p["n_heads"] > 0 and (p["hidden_size"] % p["n_heads"] or p["hidden_size"] // p["n_heads"] % 2):
         out.append(f"hidden_size: given {p['hidden_size']} for {p['n_heads']} heads; allowed: n_heads times an even number")
     if p["curriculum"] != "none" and p["method"] != "duo":
@@ -461,6 +495,13 @@ def check_checkpoint(params):
     return out
 
 
+def check_likelihood(params):
+    """Those of `check_checkpoint`, and conditional data, of which a likelihood without the condition says nothing."""
+    names = params["data"] if isinstance(params["data"], list) else [params["data"]]
+    given = [name for name in names for split in ("train", "valid", "test") if _first(name, split)]
+    return check_checkpoint(params) + [f"data: given {name}, which is conditional; allowed: text" for name in dict.fromkeys(given)]
+
+
 def check_sample(params):
     """Those of `check_checkpoint`, and a sampler whose scalars do not go together (`samplers.make_sampler`)."""
     from duo.samplers import make_sampler
@@ -471,6 +512,24 @@ def check_sample(params):
     except ValueError as error:
         out.append(f"sampler: {error}")
     return out
+
+
+def check_solve(params):
+    """Those of `check_sample`, and puzzles of another size than the checkpoint's."""
+    out, size, config = check_puzzles(params) + check_sample(params), params["box_rows"] * params["box_columns"], Path(params["checkpoint"], "config.json")
+    if not out and config.is_file():
+        config = json.loads(config.read_text(encoding="utf-8"))
+        if config["tokenizer"] != f"sudoku{size}":
+            out.append(f"box_rows: given {params['box_rows']} x {params['box_columns']} boxes for a checkpoint of tokenizer {config['tokenizer']}; allowed: one of tokenizer sudoku{size}")
+    if not out and not _first(params["data"], params["split"]):
+        out.append(f"data: given {params['data']}, where {params['split']} is not conditional; allowed: what duo-run puzzles/NAME writes")
+    return out
+
+
+def check_puzzles(params):
+    """Boxes that no puzzle can have."""
+    size = params["box_rows"] * params["box_columns"]
+    return [] if 2 <= size <= 16 else [f"box_rows: given {params['box_rows']} x {params['box_columns']} cells in a box; allowed: from 2 to 16"]
 
 
 def check_harness(params):
@@ -510,7 +569,7 @@ def check_bench(params):
     return out
 
 
-CHECKS = {"train": check_train, "sample": check_sample, "likelihood": check_checkpoint, "zero_shot": check_checkpoint,
+CHECKS = {"train": check_train, "sample": check_sample, "likelihood": check_likelihood, "zero_shot": check_likelihood, "puzzles": check_puzzles, "solve": check_solve,
           "distil": check_distil, "prepare": check_data, "harness": check_harness, "bench": check_bench}
 
 # %% ../nbs/14_parameters.ipynb #e1630eff
