@@ -149,7 +149,8 @@ class Harness(TemplateLM):
 
     def _bounds(self, tokens, start, greedy):
         """The bound's mean and standard error over `draws` of (B, T) tokens from position `start` on."""
-        process, free = self.model.process, torch.arange(tokens.shape[1], device=tokens.device) >= (start[:, None] if self.mode == "suffix" else 0)
+        process, scored = self.model.process, start if self.mode == "suffix" else torch.zeros_like(start)
+        free = torch.arange(tokens.shape[1], device=tokens.device) >= scored[:, None]
         keys = [zlib.crc32(repr((self.seed, row[:s])).encode()) for row, s in zip(tokens.tolist(), start.tolist())]
         u = torch.stack([low_discrepancy(self.draws, 0.0, torch.Generator().manual_seed(key)) for key in keys]).double().to(tokens.device)
         noised, b, weight = noise_counts(free, int(process.p_uniform == 0), self.draws, u, self.generator)
