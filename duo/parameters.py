@@ -295,13 +295,13 @@ def read_keywords(given, parameters):
 # %% ../nbs/14_parameters.ipynb #a3e035f9
 _AT_LEAST_ONE = ("length hidden_size n_blocks n_heads cond_dim batch_size device_batch_size devices max_steps top_k valid_every valid_draws "
                  "valid_blocks checkpoint_every n steps draws rounds steps_per_round blocks workers limit threads textbook_rounds memory_tokens "
-                 "ar_length scaling_vocab scaling_length scaling_batch scaling_rounds box_rows box_columns train test copies").split()
+                 "ar_length stride corrections symbols hidden scaling_vocab scaling_length scaling_batch scaling_rounds box_rows box_columns train test copies").split()
 RANGES = {key: (lambda v: v >= 1, "at least 1") for key in _AT_LEAST_ONE}
 RANGES |= {key: (lambda v: v >= 0, "at least 0") for key in "warmup_steps curriculum_steps weight_decay grad_clip seed compare synthetic_mb num_fewshot".split()}
 RANGES |= {"vocab_size": (lambda v: v >= 2, "at least 2")}
-RANGES |= {key: (lambda v: v > 0, "above 0") for key in "lr tau delta".split()}
+RANGES |= {key: (lambda v: v > 0, "above 0") for key in "lr tau delta temperature settled".split()}
 RANGES |= {key: (lambda v: 0 <= v < 1, "0 or more, below 1") for key in "dropout ema label_dropout".split()}
-RANGES |= {key: (lambda v: 0 < v <= 1, "above 0, up to 1") for key in "top_p".split()}
+RANGES |= {key: (lambda v: 0 < v <= 1, "above 0, up to 1") for key in "top_p share".split()}
 
 
 def check_ranges(params):
@@ -488,10 +488,11 @@ def check_checkpoint(params):
         out.append(f"tokenizer: given {params['tokenizer']}; allowed: the checkpoint's, {name}")
     if params.get("prompt"):
         try:
-            if (size := len(tokenizer.encode(params["prompt"]))) > length:
-                out.append(f"prompt: given {size} tokens; allowed: up to the checkpoint's block of {length}")
+            from duo.samplers import template
+
+            template(params["prompt"], tokenizer.encode, params.get("length") or length)
         except ValueError as error:
-            out.append(f"prompt: {error}")
+            out.append(f"prompt: {str(error).removeprefix('prompt ')}")
     return out
 
 
@@ -502,15 +503,44 @@ def check_likelihood(params):
     return check_checkpoint(params) + [f"data: given {name}, which is conditional; allowed: text" for name in dict.fromkeys(given)]
 
 
+_SAMPLER_KEYS = "sampler kappa eta alpha_on t_on t_off high low high_frac middle_frac hold t_last share corrections".split()
+
+
 def check_sample(params):
-    """Those of `check_checkpoint`, and a sampler whose scalars do not go together (`samplers.make_sampler`)."""
+    """Those of `check_checkpoint`, a sampler whose scalars do not go together (`samplers.make_sampler`) or that does not go with the checkpoint, a label
+    for a model without labels, and strides that are none."""
     from duo.samplers import make_sampler
 
-    out = check_checkpoint(params)
+    out, path = check_checkpoint(params), Path(params["checkpoint"], "config.json")
     try:
-        make_sampler(params["sampler"], params["kappa"], params["eta"])
+        how = make_sampler(**{k: params[k] for k in _SAMPLER_KEYS if k in params})
     except ValueError as error:
-        out.append(f"sampler: {error}")
+        return out + [f"sampler: {error}"]
+    if any(w != 1 for w in params.get("guidance", ())) and params["labels"] is None:
+        out.append(f"guidance: given {params['guidance']} without labels; allowed: [1.0], or labels to be guided to")
+    return out if out or not path.is_file() else _check_fit(params, how, json.loads(path.read_text(encoding="utf-8")))
+
+
+def _check_fit(params, sampler, config):
+    """Problems of a sampler and a checkpoint's config.json taken together."""
+    from duo.likelihood import METHODS, make_process
+    from duo.samplers import Ancestral, AutoRegressive, Settled, check_sampler
+
+    out, block, classes, method = [], config["length"], config.get("num_classes") or 0, config["method"]
+    process, length, stride, labels = make_process(method, 4), params.get("length"), params.get("stride"), params.get("labels")
+    if process is None and sampler == Ancestral():  # its own is understood
+        sampler = AutoRegressive(4)
+    try:
+        check_sampler(sampler, process, config.get("time_conditioning", False), METHODS[method].objective == "score", params.get("tail", "sample"), params.get("top_p", 1.0),
+                      params.get("temperature", 1.0), Settled(params["settled"]) if params.get("settled") else None)
+    except ValueError as error:
+        out.append(f"sampler: given {params['sampler']} with a checkpoint of method {method}: {str(error).removeprefix('sampler: ')}")
+    if labels is not None and not all(0 <= label < classes for label in labels):
+        out.append(f"labels: given {labels}; allowed: {f'null, or classes from 0 to {classes - 1}' if classes else 'null, the model has no labels'}")
+    if stride is not None and (length or 0) <= block:
+        out.append(f"stride: given {stride} with length {length}; allowed: null, or a length beyond the block of {block}")
+    elif stride is not None and stride >= block:
+        out.append(f"stride: given {stride}; allowed: up to {block - 1}, less than the block of {block}")
     return out
 
 
