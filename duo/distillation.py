@@ -57,20 +57,27 @@ class Distillation(Training):
         for model in (self.net, self.ema):
             model.load_state_dict(net.state_dict())
         self.teacher = copy.deepcopy(self.ema)
+        if getattr(net.config, "num_classes", None):
+            self.net.cond_map.dropout = 0.0  # student and teacher are told the same: `nats` drops labels for both
         self.steps_per_round, self.delta, self.divergence, self.teacher_of = steps_per_round, delta, divergence, teacher
         self.vocab_size, self.window = vocab_size, gamma_window(vocab_size, alpha_min, alpha_max)
 
     def on_train_batch_start(self, batch, i):
         """A new round begins: the student becomes the teacher."""
-        _, step, first = batch
+        _, step, first, *_ = batch
         if step % self.steps_per_round == 0 and first == 0:
             self.teacher.load_state_dict((self.ema if self.teacher_of == "ema" else self.net).state_dict())
 
-    def nats(self, net, x0, generator=None, step=None, first=0, batch_size=None):
+    def nats(self, net, x0, generator=None, step=None, first=0, batch_size=None, labels=None):
         """(b, L) nats of the distillation loss at `step`; of the true bound when step is None."""
         if step is None:
-            return super().nats(net, x0, generator)
+            return super().nats(net, x0, generator, None, first, batch_size, labels=labels)
         n, rows = batch_size or len(x0), slice(first, first + len(x0))
         t = torch.rand(n, generator=generator, device=x0.device)
         path = path_pair(whole(x0, first, n), t, self.delta * 2 ** (step // self.steps_per_round), self.window, self.vocab_size, generator)
-        return dcd_loss(net, self.teacher, tuple(part[rows] for part in path), self.divergence)
+        student, teacher = net, self.teacher
+        if labels is not None:
+            dropped = torch.rand(n, generator=generator, device=x0.device)[rows] < net.config.label_dropout
+            told = torch.where(dropped, net.config.num_classes, labels)
+            student, teacher = (lambda x, sigma, net=net: net(x, sigma, told) for net in (net, self.teacher))
+        return dcd_loss(student, teacher, tuple(part[rows] for part in path), self.divergence)
