@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 from .data import Batches
 from .dit import DiT
-from .likelihood import linear_ar_nll, linear_nelbo, make_process
+from .likelihood import METHODS, Staircase, clean_bias, linear_ar_nll, linear_nelbo, linear_score_nelbo, make_process
 from .schedules import low_discrepancy
 from .unet import UNet, UNetConfig, unet_nelbo
 
@@ -72,20 +72,24 @@ def whole(x0, first, n):
     return out
 
 
-def bound(net, process, schedule, x0, generator=None, curriculum=None, first=0, batch_size=None, labels=None, fixed=None, weights=None):
+def bound(net, process, schedule, x0, generator=None, curriculum=None, first=0, batch_size=None, labels=None, fixed=None, weights=None, loss=linear_nelbo,
+          low_variance=False):
     """Monte-Carlo NELBO in nats, (b, L), of clean tokens x0 (b, L): rows `first` to `first + b` of a global batch of `batch_size`, whose
     times (low discrepancy) and noise do not depend on how it is divided. One network call. A U-Net is told the `labels` (b,), if any. Tokens
-    that are `fixed` (b, L) stay clean, and what stands there in the result means nothing; `weights` (b, L): the result is times these."""
+    that are `fixed` (b, L) stay clean, and what stands there in the result means nothing; `weights` (b, L): the result is times these. `loss` is `linear_nelbo`, or `linear_score_nelbo` for a
+    network of scores; with `low_variance` −α'/(1 − α) counts as one, which under Absorbing leaves the plain cross entropy of the masks (no bound)."""
     n, rows = batch_size or len(x0), slice(first, first + len(x0))
     t = low_discrepancy(n, generator=generator, device=x0.device)
     x, xt, alpha, alpha_dot, sigma = corrupted(process, schedule, whole(x0, first, n), t, generator, curriculum)
     x, xt = tuple(part[rows] for part in x) if isinstance(x, tuple) else x[rows], xt[rows]
     if fixed is not None:
         x, xt = given(x, x0, fixed), torch.where(fixed, x0, xt)
+    if low_variance:
+        alpha_dot = alpha - 1
     if isinstance(net, UNet):
         return unet_nelbo(net, process, x, sigma[rows], x0, xt, alpha[rows], alpha_dot[rows], labels)
     hidden = net.hidden(x, sigma[rows])
-    nats = linear_nelbo(process, hidden, net.head.weight, net.head.bias, x0, xt, alpha[rows], alpha_dot[rows], weights=weights)
+    nats = loss(process, hidden, net.head.weight, clean_bias(process, net.head.bias), x0, xt, alpha[rows], alpha_dot[rows], weights=weights)
     return nats if weights is None else nats * weights
 
 
@@ -113,13 +117,22 @@ class Training(L.LightningModule):
 
     A batch is (x0 (b, L), step, first, more): rows from `first` of the global batch of `batch_size`, and what `nats` is told besides, a dict of
     tensors with b rows such as labels. `ema` is the decay of the average of the
-    weights, `grad_clip` the largest norm of the gradient (0: any). `decay` is "constant" (the papers) or "cosine" (to zero at `max_steps`)."""
+    weights, `grad_clip` the largest norm of the gradient (0: any). `decay` is "constant" (the papers) or "cosine" (to zero at `max_steps`). `T` steps are
+    those of d3pm, `p_uniform` is the share of uniform noise of gidd; with `low_variance` mdlm and d3pm learn from the plain cross entropy."""
 
     def __init__(self, config, method="duo", *, vocab_size, schedule=None, curriculum=None, batch_size=32, max_steps=1000, lr=3e-4, decay="constant",
-                 warmup_steps=0, weight_decay=0.0, grad_clip=1.0, ema=0.9999, seed=0, compile=False):
+                 warmup_steps=0, weight_decay=0.0, grad_clip=1.0, ema=0.9999, seed=0, compile=False, T=None, p_uniform=None, low_variance=False):
         super().__init__()
+        self.process, self.bos = make_process(method, vocab_size, p_uniform), vocab_size
+        row = METHODS[method]
+        if (T is None) == (row.objective == "steps"):
+            raise ValueError(f"T is {T}, but {method} " + ("needs a number of steps" if T is None else "has continuous time: it must be None"))
+        if low_variance and row.prior != "absorbing" or low_variance and row.objective == "score":
+            raise ValueError(f"low_variance is for mdlm and d3pm, not for {method}")
+        if row.objective == "score" and isinstance(config, UNetConfig):
+            raise ValueError(f"{method} needs a network with a linear head, not a U-Net")
+        schedule, self.loss, self.low_variance = Staircase(schedule, T) if T else schedule, linear_score_nelbo if row.objective == "score" else linear_nelbo, low_variance
         self.method, self.schedule, self.curriculum, self.seed = method, schedule, curriculum, seed
-        self.process, self.bos = make_process(method, vocab_size), vocab_size
         self.batch_size, self.max_steps = batch_size, max_steps
         self.lr, self.decay, self.warmup_steps, self.weight_decay, self.grad_clip, self.ema_decay = lr, decay, warmup_steps, weight_decay, grad_clip, ema
         with torch.random.fork_rng(devices=[]):
@@ -135,7 +148,8 @@ class Training(L.LightningModule):
         if self.process is None:
             return ar_loss(net, x0, self.bos, weights)
         curriculum = self.curriculum if step is not None and self.curriculum is not None and self.curriculum.active(step) else None
-        return bound(net, self.process, self.schedule, x0, generator, curriculum, first, batch_size, labels, fixed, weights)
+        return bound(net, self.process, self.schedule, x0, generator, curriculum, first, batch_size, labels, fixed, weights, self.loss,
+                     self.low_variance and step is not None)
 
     def training_step(self, batch, _):
         x0, step, first, more = batch
