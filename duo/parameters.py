@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['RANGES', 'CHECKS', 'RunError', 'find_root', 'relative', 'targets', 'find_target', 'Parameter', 'read_parameters',
            'read_yaml', 'read_overrides', 'read_keywords', 'check_ranges', 'check_data', 'check_conditional',
-           'check_window', 'check_images', 'check_train', 'check_checkpoint', 'check_likelihood', 'check_sample',
-           'check_solve', 'check_puzzles', 'check_harness', 'check_distil', 'check_bench', 'launcher', 'processes',
-           'check_devices', 'check', 'Job', 'plan', 'table', 'listing', 'describe']
+           'check_window', 'check_images', 'check_method', 'check_train', 'check_checkpoint', 'check_likelihood',
+           'check_sample', 'check_solve', 'check_puzzles', 'check_harness', 'check_distil', 'check_bench', 'launcher',
+           'processes', 'check_devices', 'check', 'Job', 'plan', 'table', 'listing', 'describe']
 
 # %% ../nbs/14_parameters.ipynb #66f8238d
 import ast
@@ -295,10 +295,10 @@ def read_keywords(given, parameters):
 # %% ../nbs/14_parameters.ipynb #a3e035f9
 _AT_LEAST_ONE = ("length hidden_size n_blocks n_heads cond_dim batch_size device_batch_size devices max_steps top_k valid_every valid_draws "
                  "valid_blocks checkpoint_every n steps draws rounds steps_per_round blocks workers limit threads textbook_rounds memory_tokens "
-                 "ar_length stride corrections symbols hidden scaling_vocab scaling_length scaling_batch scaling_rounds box_rows box_columns train test copies").split()
+                 "T ar_length stride corrections symbols hidden scaling_vocab scaling_length scaling_batch scaling_rounds box_rows box_columns train test copies").split()
 RANGES = {key: (lambda v: v >= 1, "at least 1") for key in _AT_LEAST_ONE}
 RANGES |= {key: (lambda v: v >= 0, "at least 0") for key in "warmup_steps curriculum_steps weight_decay grad_clip seed compare synthetic_mb num_fewshot".split()}
-RANGES |= {"vocab_size": (lambda v: v >= 2, "at least 2")}
+RANGES |= {"vocab_size": (lambda v: v >= 2, "at least 2"), "p_uniform": (lambda v: 0 < v < 1, "above 0, below 1")}
 RANGES |= {key: (lambda v: v > 0, "above 0") for key in "lr tau delta temperature settled".split()}
 RANGES |= {key: (lambda v: 0 <= v < 1, "0 or more, below 1") for key in "dropout ema label_dropout".split()}
 RANGES |= {key: (lambda v: 0 < v <= 1, "above 0, up to 1") for key in "top_p share".split()}
@@ -412,8 +412,6 @@ def check_images(p):
         out.append(f"tokenizer: given {p['tokenizer']} with data {data}; allowed: pixels")
     if p.get("streaming"):
         out.append(f"streaming: given true with data {data}; allowed: false (text alone streams)")
-    if unet and p["method"] == "ar":
-        out.append("method: given ar with backbone unet; allowed: duo, udlm, mdlm")
     if unet and p["strategy"] == "fsdp":
         out.append("strategy: given fsdp with backbone unet; allowed: auto, ddp")
     if p["label_dropout"] is not None and not unet:
@@ -437,14 +435,33 @@ def check_images(p):
     return out
 
 
+def check_method(p):
+    """Parameters of a training that belong to another method than the one given, by the rows of `likelihood.METHODS`."""
+    from duo.likelihood import METHODS
+
+    out, row, name = [], METHODS[p["method"]], p["method"]
+    having = {"T": (row.objective == "steps", "a number of steps", [m.name for m in METHODS.values() if m.objective == "steps"]),
+              "p_uniform": (row.prior == "hybrid", "a share between 0 and 1", [m.name for m in METHODS.values() if m.prior == "hybrid"])}
+    if p["curriculum"] not in row.curriculum:
+        out.append(f"curriculum: given {p['curriculum']} with method {name}; allowed: {', '.join(row.curriculum)}")
+    for key, (needed, what, names) in having.items():
+        if (p[key] is None) == needed:
+            out.append(f"{key}: given {'null' if needed else p[key]} with method {name}; allowed: {what if needed else f'null ({key} is for {chr(44).join(names)})'}")
+    if p["loss_type"] == "low_var" and (row.prior != "absorbing" or row.objective == "score"):
+        out.append(f"loss_type: given low_var with method {name}; allowed: elbo (the plain cross entropy of masks is for mdlm and d3pm)")
+    dense = [m.name for m in METHODS.values() if m.prior not in (None, "hybrid") and m.objective != "score"]
+    if p["backbone"] == "unet" and name not in dense:
+        out.append(f"method: given {name} with backbone unet; allowed: {', '.join(dense)}")
+    return out
+
+
 def check_train(params):
     """Problems of a training's parameters taken together, as a list of "key: what is given; what is allowed"."""
     p, out = params, check_data(params) + check_window(params) + check_images(params)
     out += [] if out else check_conditional(params)
     if p["backbone"] == "dit" and p["n_heads"] > 0 and (p["hidden_size"] % p["n_heads"] or p["hidden_size"] // p["n_heads"] % 2):
         out.append(f"hidden_size: given {p['hidden_size']} for {p['n_heads']} heads; allowed: n_heads times an even number")
-    if p["curriculum"] != "none" and p["method"] != "duo":
-        out.append(f"curriculum: given {p['curriculum']} with method {p['method']}; allowed: none (duo alone has a curriculum)")
+    out += check_method(p)
     if p["curriculum"] != "none" and p["curriculum_steps"] > p["max_steps"]:
         out.append(f"curriculum_steps: given {p['curriculum_steps']}; allowed: up to max_steps, {p['max_steps']}")
     if p["curriculum"] == "top-k" and p["top_k"] is None:
@@ -527,7 +544,7 @@ def _check_fit(params, sampler, config):
     from duo.samplers import Ancestral, AutoRegressive, Settled, check_sampler
 
     out, block, classes, method = [], config["length"], config.get("num_classes") or 0, config["method"]
-    process, length, stride, labels = make_process(method, 4), params.get("length"), params.get("stride"), params.get("labels")
+    process, length, stride, labels = make_process(method, 4, config.get("p_uniform")), params.get("length"), params.get("stride"), params.get("labels")
     if process is None and sampler == Ancestral():  # its own is understood
         sampler = AutoRegressive(4)
     try:
