@@ -24,14 +24,17 @@ from safetensors.torch import save_file
 from .data import PixelTokenizer, SubwordTokenizer, tokenizer_from_json
 from .data import tokenizer as tokenizer_of
 from .dit import DiT, DiTConfig
-from .likelihood import METHODS, linear_ar_nll, linear_nelbo, make_process, network_vocab
+from .likelihood import METHODS, Staircase, clean_bias, linear_ar_nll, linear_nelbo, linear_score_nelbo, make_process, network_vocab, score_scale
 from .metrics import Scores, evaluate_bound
 from .processes import Absorbing
-from .samplers import Ancestral, AutoRegressive, FirstHitting, guided, sample, sample_strides, template
+from .samplers import Ancestral, AutoRegressive, FirstHitting, LogScores, guided, sample, sample_strides, template
 from .schedules import SCHEDULES, Cosine, LogLinear
 from .unet import UNet, UNetConfig, unet_nelbo
 
 # %% ../nbs/13_hub.ipynb #5a873ae4
+_SOMETIMES = ("mask_id", "bos_id", "p_uniform", "T")  # settings that only some models have
+
+
 @dataclasses.dataclass(eq=False)
 class _Causal:
     """A causal network as a denoiser; where it reads `never`, the sampler's beginning of text, it is shown `start`."""
@@ -48,10 +51,46 @@ class _Causal:
 
 
 @dataclasses.dataclass(eq=False)
+class _Scores:
+    """A score network as a denoiser of log s_j; what it says is scaled as in training."""
+    net: DiT
+    process: object
+
+    @property
+    def config(self):
+        return self.net.config
+
+    def __call__(self, x, sigma):
+        return self.net(x, sigma).double() - score_scale(self.process, (-sigma.double()).exp())[:, None, None]
+
+
+@dataclasses.dataclass(eq=False)
+class _Clean:
+    """A network of a hybrid process as a denoiser: the mask is never a clean token."""
+    net: DiT
+    process: object
+
+    @property
+    def config(self):
+        return self.net.config
+
+    @property
+    def hidden(self):
+        return self.net.hidden
+
+    def head(self, h):
+        return torch.nn.functional.linear(h, self.net.head.weight, clean_bias(self.process, self.net.head.bias))
+
+    def __call__(self, x, sigma):
+        return self.head(self.hidden(x, sigma))
+
+
+@dataclasses.dataclass(eq=False)
 class Model(ModelHubMixin):
     """A network with all that it needs to write and judge text: a `method` of `likelihood.METHODS`, its schedule (None for autoregressive models), a
     tokenizer and the block length; `training` holds facts of the run that made it. `mask_id` is the tokenizer's own symbol that serves as the mask, or that
-    an autoregressive model never writes; `bos_id` its own that begins the text (None: a symbol behind the tokenizer's). ValueError where these do not fit.
+    an autoregressive model never writes; `bos_id` its own that begins the text (None: a symbol behind the tokenizer's). `p_uniform` is the share of uniform noise (gidd), `T` the number of
+    steps of which `loss` is the bound (d3pm; None: infinitely many). ValueError where these do not fit.
 
     `model.sample(4)` writes, `model.nll(texts)` judges, `model.loss` goes to `metrics.evaluate_bound`, `model.denoiser` to `samplers.sample`;
     `from_pretrained`, `save_pretrained` and `push_to_hub` are huggingface_hub's.
@@ -64,6 +103,8 @@ class Model(ModelHubMixin):
     training: dict = dataclasses.field(default_factory=dict)
     mask_id: int | None = None
     bos_id: int | None = None
+    p_uniform: float | None = None
+    T: int | None = None
     process: object = dataclasses.field(init=False)
 
     def __post_init__(self):
@@ -71,9 +112,11 @@ class Model(ModelHubMixin):
             raise ValueError(f"method must be one of {', '.join(METHODS)}, got {self.method!r}")
         V = self.tokenizer.vocab_size
         own = self.mask_id is not None and self.mask_id < V
-        self.process, width = make_process(self.method, V), V if own else network_vocab(self.method, V)
+        self.process, width = make_process(self.method, V, self.p_uniform), V if own else network_vocab(self.method, V)
         if own and self.process is not None:
             self.process = Absorbing(V, self.mask_id)
+        if self.T is not None and METHODS[self.method].objective != "steps":
+            raise ValueError(f"T must be None for {self.method}, whose time is continuous, got {self.T!r}")
         if self.net.config.vocab_size != width:
             raise ValueError(f"{self.method} with tokenizer {self.tokenizer.name!r} ({V} symbols) needs a network of vocab_size "
                              f"{width}, got {self.net.config.vocab_size}")
@@ -91,7 +134,7 @@ class Model(ModelHubMixin):
         names = {kind: name for name, kind in SCHEDULES.items()}
         schedule = {"schedule": names.get(type(self.schedule)), "schedule_eps": getattr(self.schedule, "eps", None)}
         more = {"network": "unet"} if isinstance(self.net, UNet) else {}
-        more |= {key: value for key in ("mask_id", "bos_id") if (value := getattr(self, key)) is not None}
+        more |= {key: value for key in _SOMETIMES if (value := getattr(self, key)) is not None}
         return {"method": self.method, **schedule, "length": self.length, "tokenizer": self.tokenizer.name, **more,
                 **dataclasses.asdict(self.net.config), "training": self.training}
 
@@ -122,8 +165,12 @@ class Model(ModelHubMixin):
 
     @property
     def denoiser(self):
-        """The callable (xt (B, L), sigma (B,)) -> logits (B, L, K) that `samplers.sample` takes; an autoregressive one keeps keys and values."""
-        return _Causal(self.net, *self.ends) if self.process is None else self.net
+        """The callable (xt (B, L), sigma (B,)) -> logits (B, L, K) that `samplers.sample` takes; an autoregressive one keeps keys and values. Of SEDD, `LogScores`."""
+        if self.process is None:
+            return _Causal(self.net, *self.ends)
+        if METHODS[self.method].objective == "score":
+            return LogScores(_Scores(self.net, self.process))
+        return _Clean(self.net, self.process) if METHODS[self.method].prior == "hybrid" else self.net
 
     def loss(self, x0, t, generator=None, labels=None) -> torch.Tensor:
         """(B, L) nats of x0 (B, L) at times t (B,): one draw of the bound (paper I, Eq. 17), or the exact −log p of an autoregressive model. A network
@@ -133,14 +180,16 @@ class Model(ModelHubMixin):
             hidden = self.net.hidden(torch.cat([torch.full_like(x0[:, :1], start), x0[:, :-1]], 1))
             bias = self.net.head.bias.index_fill(0, torch.tensor(never, device=x0.device), -torch.inf)
             return linear_ar_nll(hidden, self.net.head.weight, bias, x0)
-        alpha, alpha_dot = self.schedule.alpha(t)[:, None], self.schedule.alpha_dot(t)[:, None]
+        schedule = Staircase(self.schedule, self.T) if self.T else self.schedule
+        alpha, alpha_dot = schedule.alpha(t)[:, None], schedule.alpha_dot(t)[:, None]
         return self.bound(x0, self.process.corrupt(x0, alpha, generator), alpha, alpha_dot, labels)
 
     def bound(self, x0, xt, alpha, alpha_dot, labels=None) -> torch.Tensor:
         """(B, L) nats of the bound's integrand for clean x0 and noisy xt, (B, L) each, at α (B, 1) with the derivative α′ (B, 1)."""
         sigma = -alpha[:, 0].log()
         if hasattr(self.net, "head"):
-            return linear_nelbo(self.process, self.net.hidden(xt, sigma), self.net.head.weight, self.net.head.bias, x0, xt, alpha, alpha_dot)
+            loss = linear_score_nelbo if METHODS[self.method].objective == "score" else linear_nelbo
+            return loss(self.process, self.net.hidden(xt, sigma), self.net.head.weight, clean_bias(self.process, self.net.head.bias), x0, xt, alpha, alpha_dot)
         return unet_nelbo(self.net, self.process, xt, sigma, x0, xt, alpha, alpha_dot, labels)
 
     def nll(self, texts, draws: int = 8, batch_size: int = 32, generator=None) -> Scores:
@@ -330,13 +379,13 @@ def _plain(x):
     return None if isinstance(x, type) and issubclass(x, _Inert) else x
 
 # %% ../nbs/13_hub.ipynb #68bda811
-_ALGORITHMS = {"duo": "duo", "distillation": "duo", "duo_base": "udlm", "udlm": "udlm", "mdlm": "mdlm", "sedd": "sedd", "d3pm": "d3pm", "ar": "ar"}
+_ALGORITHMS = {"duo": "duo", "distillation": "duo", "duo_base": "udlm", "udlm": "udlm", "mdlm": "mdlm", "sedd": "sedd_absorb", "d3pm": "d3pm", "ar": "ar"}
 _PLACES = {  # our name of a setting → where configurations of Lightning files and of the hub have it
     "method": ("algo.name", "algo", "model_type"), "length": ("model.length", "model_length", "length"), "tokenizer": ("data.tokenizer_name_or_path", "tokenizer_name_or_path"),
     "hidden_size": ("model.hidden_size", "hidden_size", "hidden_dim"), "cond_dim": ("model.cond_dim", "cond_dim"), "n_blocks": ("model.n_blocks", "n_blocks"),
     "n_heads": ("model.n_heads", "n_heads"), "dropout": ("model.dropout", "dropout"), "causal": ("algo.causal_attention", "causal_attention", "causal"),
     "time_conditioning": ("algo.time_conditioning", "time_conditioning"), "schedule": ("noise.type", "noise"), "schedule_eps": ("noise.eps",),
-    "fix_logistic": ("model.fix_logistic", "fix_logistic"), "num_classes": ("data.num_classes",)}
+    "fix_logistic": ("model.fix_logistic", "fix_logistic"), "num_classes": ("data.num_classes",), "T": ("algo.T",)}
 _SCHEDULES = {"log-linear": LogLinear, "loglinear": LogLinear, "cosine": Cosine}
 _GUESSES = {50257: "gpt2", 50258: "gpt2", 30522: "bert-base-uncased"}  # rows of the embedding → tokenizer, where a file does not say
 
@@ -478,7 +527,7 @@ def _shell(method, state, found, training) -> Model:
     if type(found.get("length")) is not int:
         raise ValueError("the file does not say the length of a block; load(…, length=…) can")
     with torch.device("meta"):
-        return Model((UNet if images else DiT)(config), method, schedule, tokenizer, found["length"], training, mask_id, bos_id)
+        return Model((UNet if images else DiT)(config), method, schedule, tokenizer, found["length"], training, mask_id, bos_id, T=found.get("T") or None if method == "d3pm" else None)
 
 
 def _lightning(path: Path, raw: bool, settings: dict) -> Model:
@@ -543,9 +592,9 @@ def load(source, raw: bool = False, device="cpu", **settings) -> Model:
         network, shape = _KINDS[config.get("network", "dit")]
         shape = shape(**{f.name: config[f.name] for f in dataclasses.fields(shape) if f.name in config})
         schedule = None if config["schedule"] is None else SCHEDULES[config["schedule"]](config["schedule_eps"])
-        symbols = {key: config.get(key) for key in ("mask_id", "bos_id")}
+        sometimes = {key: config.get(key) for key in _SOMETIMES}
         with torch.device("meta"):
-            model = Model(network(shape), config["method"], schedule, tokenizer, config["length"], config.get("training", {}), **symbols)
+            model = Model(network(shape), config["method"], schedule, tokenizer, config["length"], config.get("training", {}), **sometimes)
     except (ValueError, TypeError) as err:
         raise ValueError(f"{directory / 'config.json'}: {err}") from None
     weights = _weights(directory / ("raw.safetensors" if raw else "model.safetensors"), model.net.state_dict())
@@ -584,7 +633,7 @@ def _config(path: Path) -> dict:
     kind = config.get("network", "dit")
     if kind not in _KINDS:
         raise ValueError(f"{path}: network must be one of {', '.join(_KINDS)}, got {kind!r}")
-    needed, known = {*_ALWAYS, *_NEEDED[kind]}, {f.name for f in dataclasses.fields(_KINDS[kind][1])} | {"training", "dtype", "network", "mask_id", "bos_id"}
+    needed, known = {*_ALWAYS, *_NEEDED[kind]}, {f.name for f in dataclasses.fields(_KINDS[kind][1])} | {"training", "dtype", "network", *_SOMETIMES}
     if wrong := [f"{word} {', '.join(sorted(keys))}" for word, keys in (("lacks", needed - {*config}), ("has unknown", {*config} - needed - known)) if keys]:
         raise ValueError(f"{path}: {' and '.join(wrong)}")
     if config["schedule"] not in (*SCHEDULES, None):
