@@ -1,10 +1,12 @@
 """A training that is killed at any moment goes on when its command is repeated, and ends at the bits of the unbroken one."""
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import torch
@@ -35,3 +37,89 @@ def test_killed_and_repeated(tmp_path):
     assert a["valid_nll"] == b["valid_nll"]
     a, b = ((folder / "checkpoints" / "model.safetensors").read_bytes() for folder in (unbroken, broken))
     assert a == b
+
+
+# What follows starts many processes; they are forks of one that has imported everything and trained nothing, so that each costs a second.
+
+def work(kind, folder):
+    """The same command each time: a small training with curriculum and dropout, or a distillation in rounds, in a folder."""
+    from duo.curriculum import Curriculum
+    from duo.data import Batches, documents, pack, tokenizer
+    from duo.distillation import Distillation
+    from duo.dit import DiT, DiTConfig
+    from duo.schedules import LogLinear
+    from duo.training import Training, fit
+
+    text = pack(documents("austen"), tokenizer("char"), 32)
+    options = dict(vocab_size=81, schedule=LogLinear(), batch_size=8, max_steps=40, lr=1e-2, warmup_steps=3, ema=0.9, seed=3)
+    config, places = DiTConfig(81, 32, 2, 2, 16), dict(valid_every=10, checkpoint_every=1 if kind == "writing" else 4)
+    if kind == "distilling":
+        torch.manual_seed(0)
+        module = Distillation(DiT(config), steps_per_round=10, delta=1 / 8, **options)
+        for stop in (10, 20, 30, 40):
+            fit(module, Batches(text, 8, 3), text[:16], folder, max_steps=stop, **places)
+    else:
+        fit(Training(config, "duo", curriculum=Curriculum(3, 1e-3, 20), **options), Batches(text, 8, 3), text[:16], folder, max_steps=40, **places)
+
+
+def start(kind, folder):
+    """The process that does it."""
+    if pid := os.fork():
+        return pid
+    status = 1
+    try:
+        torch.set_num_threads(1)
+        work(kind, folder)
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(status)
+
+
+def state(folder):
+    """Weights, moments, averages, teacher, and the curve without its clock."""
+    found = torch.load(Path(folder, "checkpoints/last.ckpt"), weights_only=True)
+    curve = [line.split(",")[:2] + line.split(",")[3:] for line in Path(folder, "curve.csv").read_text().splitlines()]
+    moments = [v for s in found["optimizer_states"][0]["state"].values() for v in s.values()]
+    return [*found["state_dict"].values(), *moments], curve, sorted(p.name for p in Path(folder).rglob("*") if p.suffix != ".tmp")
+
+
+def kills(home, number):
+    """Kills trainings, distillations and writing checkpoints, `number` in all, at moments drawn from a seed; each goes on to the unbroken end."""
+    import lightning  # noqa: F401, before any fork
+    import duo.distillation  # noqa: F401
+
+    draw, unbroken, took = random.Random(6), {}, {}
+    for i in range(number):
+        kind = ("writing", "distilling", "training")[i % 3]
+        if kind not in unbroken:
+            began, folder = time.time(), Path(home, kind)
+            assert os.waitpid(start(kind, folder), 0)[1] == 0
+            unbroken[kind], took[kind] = state(folder), time.time() - began
+        folder, moment = Path(home, f"{kind}{i}"), draw.uniform(0, took[kind])
+        pid, began, temporary = start(kind, folder), time.time(), folder / "checkpoints/last.ckpt.tmp"
+        while time.time() < began + moment or kind == "writing" and not temporary.exists():
+            if os.waitpid(pid, os.WNOHANG)[0]:
+                break
+            time.sleep(0 if kind == "writing" else 0.001)
+        else:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+        last = folder / "checkpoints/last.ckpt"
+        at = torch.load(last, weights_only=True)["global_step"] if last.exists() else 0
+        half = temporary.exists()
+        assert os.waitpid(start(kind, folder), 0)[1] == 0
+        (tensors, *rest), (expected, *others) = state(folder), unbroken[kind]
+        same = len(tensors) == len(expected) and all(torch.equal(a, b) for a, b in zip(tensors, expected)) and rest == others
+        print(f"{kind}: killed after {moment:.2f} s of {took[kind]:.2f}, checkpoint of step {at}{', half of another' * half}; same bits at the end: {same}", flush=True)
+        assert same
+
+
+def test_killed_at_random_moments(tmp_path, capsys):
+    """DUO_KILLS kills, 2 if not told otherwise."""
+    code = f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r}); from test_training import kills; kills({str(tmp_path)!r}, {os.environ.get('DUO_KILLS', 2)})"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    with capsys.disabled():
+        print("\n" + done.stdout, end="")
+    assert done.returncode == 0, done.stderr[-3000:]
