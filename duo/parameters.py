@@ -6,8 +6,8 @@
 __all__ = ['RANGES', 'CHECKS', 'RunError', 'find_root', 'relative', 'targets', 'find_target', 'Parameter', 'read_parameters',
            'read_yaml', 'read_overrides', 'read_keywords', 'check_ranges', 'check_data', 'check_conditional',
            'check_window', 'check_images', 'check_method', 'check_train', 'check_checkpoint', 'check_likelihood',
-           'check_sample', 'check_solve', 'check_puzzles', 'check_harness', 'check_distil', 'check_bench', 'launcher',
-           'processes', 'check_devices', 'check', 'Job', 'plan', 'table', 'listing', 'describe']
+           'check_sample', 'check_solve', 'check_puzzles', 'check_fid', 'check_harness', 'check_distil', 'check_bench',
+           'launcher', 'processes', 'check_devices', 'check', 'Job', 'plan', 'table', 'listing', 'describe']
 
 # %% ../nbs/14_parameters.ipynb #66f8238d
 import ast
@@ -579,6 +579,20 @@ def check_puzzles(params):
     return [] if 2 <= size <= 16 else [f"box_rows: given {params['box_rows']} x {params['box_columns']} cells in a box; allowed: from 2 to 16"]
 
 
+def check_fid(params):
+    """Those of `check_sample`, data that are no images, and guidance without labels."""
+    from duo.images import is_images
+
+    out = check_sample(params | {"labels": None, "guidance": [1.0]})
+    if not is_images(params["data"]):
+        out.append(f"data: given {params['data']}; allowed: twemoji, cifar10 or an .npz file")
+    if any(w != 1 for w in params["guidance"]) and not params["labelled"]:
+        out.append(f"guidance: given {params['guidance']} without labels; allowed: [1.0], or labelled: true")
+    if params["n"] < 2:
+        out.append(f"n: given {params['n']}; allowed: at least 2, for a covariance")
+    return out
+
+
 def check_harness(params):
     """Those of `check_checkpoint`, no tasks, and the harness itself where it is not installed."""
     out = check_checkpoint(params)
@@ -617,7 +631,7 @@ def check_bench(params):
 
 
 CHECKS = {"train": check_train, "sample": check_sample, "likelihood": check_likelihood, "zero_shot": check_likelihood, "puzzles": check_puzzles, "solve": check_solve,
-          "distil": check_distil, "prepare": check_data, "harness": check_harness, "bench": check_bench}
+          "distil": check_distil, "prepare": check_data, "harness": check_harness, "fid": check_fid, "bench": check_bench}
 
 # %% ../nbs/14_parameters.ipynb #e1630eff
 def launcher():
