@@ -807,7 +807,7 @@ def _tokenise(texts, tokenizer, separator, folder, key, workers, progress):
     numbers = range(-(-len(texts) // size))
     missing = [n for n in numbers if not (parts / f"{n}.tokens").exists()]
     job = partial(_part, parts, size)
-    bar = tqdm(total=len(texts), initial=(len(numbers) - len(missing)) * size, desc=f"{key['data']} {key['split']}", unit=" documents", disable=not progress)
+    bar = tqdm(total=len(texts), initial=(len(numbers) - len(missing)) * size, desc=f"{key['data']} {key['split']}", unit=" documents", mininterval=1, disable=not progress)
     workers = min(workers or len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)), len(missing))
     if workers <= 1 or len(texts) < 1000:
         _begin(texts, tokenizer, separator)
@@ -833,8 +833,8 @@ def _watch(results, bar):
     tokens = 0
     for n, more in results:
         tokens += more
+        bar.set_postfix_str(f"{tokens / max(bar.format_dict['elapsed'], 1e-9):,.0f} tokens/s", refresh=False)
         bar.update(n)
-        bar.set_postfix_str(f"{tokens / max(bar.format_dict['elapsed'], 1e-9):,.0f} tokens/s")
 
 
 def _context():
