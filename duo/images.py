@@ -105,8 +105,8 @@ def _twemoji(split):
 def _cifar10(split):
     try:
         from torchvision.datasets import CIFAR10
-    except ImportError:
-        raise ValueError("data cifar10 needs torchvision: pip install torchvision") from None
+    except Exception as error:  # not there, or built for another torch
+        raise ValueError(f"data cifar10 needs torchvision ({type(error).__name__}): pip install torchvision, of the version that goes with torch {torch.__version__}") from None
     folder = Path(os.environ.get("DUO_CACHE") or Path.home() / ".cache/duo")
     try:
         found = CIFAR10(folder, train=split == "train", download=True)
