@@ -295,7 +295,7 @@ def read_keywords(given, parameters):
 # %% ../nbs/14_parameters.ipynb #a3e035f9
 _AT_LEAST_ONE = ("length hidden_size n_blocks n_heads cond_dim batch_size device_batch_size devices max_steps top_k valid_every valid_draws "
                  "valid_blocks checkpoint_every n steps draws rounds steps_per_round blocks workers limit threads textbook_rounds memory_tokens "
-                 "T ar_length stride corrections symbols hidden scaling_vocab scaling_length scaling_batch scaling_rounds box_rows box_columns train test copies").split()
+                 "T teacher_steps ar_length stride corrections symbols hidden scaling_vocab scaling_length scaling_batch scaling_rounds box_rows box_columns train test copies").split()
 RANGES = {key: (lambda v: v >= 1, "at least 1") for key in _AT_LEAST_ONE}
 RANGES |= {key: (lambda v: v >= 0, "at least 0") for key in "warmup_steps curriculum_steps weight_decay grad_clip seed compare synthetic_mb num_fewshot".split()}
 RANGES |= {"vocab_size": (lambda v: v >= 2, "at least 2"), "p_uniform": (lambda v: 0 < v < 1, "above 0, below 1")}
@@ -604,13 +604,15 @@ def check_harness(params):
 
 
 def check_distil(params):
-    """Those of `check_checkpoint`, a window of α that is none, and a checkpoint of a method whose prior is not uniform."""
-    from duo.likelihood import METHODS
+    """Those of `check_checkpoint`, a window of α that is none, and a checkpoint of a method that `distillation.distillable` does not name."""
+    from duo.distillation import distillable
 
     out, path = check_checkpoint(params) + check_window(params), Path(params["checkpoint"], "config.json")
-    uniform = [name for name, method in METHODS.items() if method.prior == "uniform"]
-    if not out and path.is_file() and (method := json.loads(path.read_text(encoding="utf-8"))["method"]) not in uniform:
-        out.append(f"checkpoint: given {params['checkpoint']}, a model of method {method}; allowed: {', '.join(uniform)}")
+    config = json.loads(path.read_text(encoding="utf-8")) if not out and path.is_file() else {"method": "duo"}
+    if (method := config["method"]) not in (allowed := distillable()):
+        out.append(f"checkpoint: given {params['checkpoint']}, a model of method {method}; allowed: {', '.join(allowed)}")
+    elif method == "mdlm" and config.get("network") == "unet":
+        out.append(f"checkpoint: given {params['checkpoint']}, a U-Net of method mdlm; allowed: of a masked model, a transformer")
     return out
 
 
