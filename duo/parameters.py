@@ -431,7 +431,7 @@ def check_images(p):
         pass  # named by `check_data`
     except ValueError as error:
         name, _, rest = str(error).partition(" ")
-        out.append(f"{_UNET_KEYS.get(name, name)}: {rest}")
+        out.append(f"{_UNET_KEYS.get(name, name)}: {rest.removeprefix('and width ')}")
     return out
 
 
@@ -483,6 +483,7 @@ def check_checkpoint(params):
     """Problems of a run that starts from a checkpoint: the folder, a prompt that is longer than a block or has symbols that the
     tokenizer lacks, another tokenizer than the checkpoint's. A name on the hub is left to the run."""
     from duo.data import tokenizer_from_json
+    from duo.images import is_images
 
     out, folder = check_data(params), Path(params["checkpoint"])
     given = f"checkpoint: given {params['checkpoint']}"
@@ -503,6 +504,10 @@ def check_checkpoint(params):
         return [f"{given}, where config.json or tokenizer.json is damaged ({error}); allowed: what duo.hub.save wrote"] + out
     if params.get("tokenizer") not in (None, name):
         out.append(f"tokenizer: given {params['tokenizer']}; allowed: the checkpoint's, {name}")
+    names = params.get("data") or []
+    for data in names if isinstance(names, list) else [names]:
+        if is_images(data) != (name == "pixels"):
+            out.append(f"data: given {data} with a checkpoint of {'images' if name == 'pixels' else 'text'}; allowed: {'twemoji, cifar10 or .npz' if name == 'pixels' else 'text'}")
     if params.get("prompt"):
         try:
             from duo.samplers import template

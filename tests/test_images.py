@@ -49,11 +49,11 @@ def test_train_sample_measure_distil(trained, tmp_path):
     ("train/twemoji_duo", dict(top_k=300), "top_k: given 300; allowed: up to the 256 values of a pixel"),
     ("train/twemoji_duo", dict(label_dropout=1.0), "label_dropout: given 1.0; allowed: 0 or more, below 1"),
     ("sample/twemoji_duo", dict(labels=None), "guidance: given [1.0, 2.5] without labels"),
-    ("sample/twemoji_duo", dict(labels=[10]), "labels: given [10]; allowed: 0 to 9"),
-    ("sample/austen_duo", dict(labels=[0]), "labels: given [0]; allowed: null"),
+    ("sample/twemoji_duo", dict(labels=[10]), "labels: given [10]; allowed: null, or classes from 0 to 9"),
+    ("sample/austen_duo", dict(labels=[0]), "labels: given [0]; allowed: null, the model has no labels"),
     ("sample/austen_duo", dict(guidance=[2.0]), "guidance: given [2.0] without labels"),
-    ("likelihood/austen_duo", dict(data="twemoji"), "data: given twemoji"),
-    ("distil/twemoji_duo", dict(data="austen"), "data: given austen")])
+    ("likelihood/austen_duo", dict(data="twemoji"), "data: given twemoji with a checkpoint of text"),
+    ("distil/twemoji_duo", dict(data="austen"), "data: given austen with a checkpoint of images")])
 def test_refused_before_anything_starts(trained, target, change, message):
     if "twemoji" in target and not target.startswith("train/"):
         change = {"checkpoint": str(trained / "checkpoints")} | change
