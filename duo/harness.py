@@ -19,6 +19,7 @@ import torch
 from .data import documents
 from .hub import Model, load
 from .metrics import words
+from .samplers import LogScores, loo_from_score
 from .schedules import low_discrepancy
 
 try:
@@ -31,7 +32,8 @@ except ImportError:
 def noise_counts(free, first, draws, u, generator=None):
     """Which tokens are noised, at which level, and the weight of each draw: (noised (N, T) bool, b (N, 1), weight (N,)), N = B·draws.
 
-    free (B, T) marks the tokens of each sequence that may be noised. `draws` numbers of noised tokens, spread over `first` (1 for absorbing processes, else 0) to n by u (B, draws) in [0, 1),
+    free (B, T) marks the tokens of each sequence that may be noised. `draws` numbers of noised tokens, spread over `first` (1 for absorbing
+    processes, else 0) to n by u (B, draws) in [0, 1),
     for each. The bound is the mean over draws of weight · integrand at α = 1 − b with α′ = −1."""
     free, u = free.repeat_interleave(draws, 0), u.reshape(-1, 1)
     n = free.sum(1, keepdim=True)
@@ -58,24 +60,53 @@ def windows(context, continuation, length):
 class Harness(TemplateLM):
     """A model of this library for lm-evaluation-harness (registered as "duo"): `lm_eval.simple_evaluate("duo", model_args={"pretrained": …})`.
 
-    pretrained: a `hub.Model`, or what `hub.load` takes. draws: noised copies behind each likelihood (1 for autoregressive models, which are exact); mode: "suffix" for the bound of the continuation given the
-    clean context, "full" for that of both; steps: network calls to generate with (None: one a token); top_p; batch_size: rows at once; max_length: tokens of context and continuation together (None: the
-    model's block). `details` lists, for every likelihood, its kind, value, standard error (nats), draws, tokens and how many tokens of context were cut off. Raises ValueError for options that do not fit."""
+    pretrained: a `hub.Model`, or what `hub.load` takes. draws: noised copies behind each likelihood (1 for autoregressive models, which are exact);
+    mode: "suffix" for the bound of the continuation given the
+    clean context, "full" for that of both; steps: network calls to generate with (None: one a token); top_p; batch_size: rows at once; max_length:
+    tokens of context and continuation together (None: the
+    model's block). `details` lists, for every likelihood, its kind, value, standard error (nats), draws, tokens and how many tokens of context were
+    cut off. Raises ValueError for options that do not fit.
+    """
 
-    def __init__(self, pretrained, draws=32, mode="suffix", steps=None, top_p=1.0, batch_size=64, max_length=None, max_gen_toks=256, device=None, seed=1, progress=True, max_batch_size=None):
+    def __init__(
+        self,
+        pretrained,
+        draws=32,
+        mode="suffix",
+        steps=None,
+        top_p=1.0,
+        batch_size=64,
+        max_length=None,
+        max_gen_toks=256,
+        device=None,
+        seed=1,
+        progress=True,
+        max_batch_size=None,
+    ):
         super().__init__()
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.model = pretrained.to(device) if isinstance(pretrained, Model) else load(pretrained, device=device)
         if mode not in ("suffix", "full"):
             raise ValueError(f"mode must be suffix or full, got {mode!r}")
-        for name, value in (("draws", draws), ("batch_size", batch_size), ("max_gen_toks", max_gen_toks), ("max_length", max_length or self.model.length), ("steps", steps or 1)):
+        for name, value in (
+            ("draws", draws),
+            ("batch_size", batch_size),
+            ("max_gen_toks", max_gen_toks),
+            ("max_length", max_length or self.model.length),
+            ("steps", steps or 1),
+        ):
             if not str(value).isdigit() or int(value) < 1:
                 raise ValueError(f"{name} must be a whole number, at least 1, got {value!r}")
         if max_length and int(max_length) > self.model.length:
             raise ValueError(f"max_length must be at most the model's block of {self.model.length}, got {max_length}")
         self.exact = self.model.process is None
         self.draws, self.mode, self.top_p, self.seed, self.progress = 1 if self.exact else int(draws), mode, float(top_p), seed, progress
-        self.steps, self.batch_size, self.max_gen_toks, self.max_length = steps and int(steps), int(batch_size), int(max_gen_toks), int(max_length or self.model.length)
+        self.steps, self.batch_size, self.max_gen_toks, self.max_length = (
+            steps and int(steps),
+            int(batch_size),
+            int(max_gen_toks),
+            int(max_length or self.model.length),
+        )
         self.details, self._device = [], self.model.device
         self.generator = torch.Generator(self._device).manual_seed(seed)
 
@@ -94,7 +125,8 @@ class Harness(TemplateLM):
         return self.model.tokenizer.encode(string)
 
     def loglikelihood(self, requests, disable_tqdm=False):
-        """[(log p(continuation | context), whether it is what greedy decoding writes)], the first a lower bound unless autoregressive. An empty context is no context; ValueError for an empty continuation."""
+        """[(log p(continuation | context), whether it is what greedy decoding writes)], the first a lower bound unless autoregressive. An empty
+        context is no context; ValueError for an empty continuation."""
         encoded = []
         for context, continuation in (r.args for r in requests):
             if not continuation:
@@ -112,11 +144,22 @@ class Harness(TemplateLM):
         for i, (texts, context, continuation) in enumerate(requests):
             mine = owned.get(i, [])
             nats, variance = sum(s[0] for s, _ in mine), sum(s[1] ** 2 for s, _ in mine)
-            self.details.append({"kind": name, "value": -nats, "se": math.sqrt(variance), "draws": self.draws, "tokens": len(continuation), "truncated": len(context) - mine[0][1] if mine else 0})
+            self.details.append(
+                {
+                    "kind": name,
+                    "value": -nats,
+                    "se": math.sqrt(variance),
+                    "draws": self.draws,
+                    "tokens": len(continuation),
+                    "truncated": len(context) - mine[0][1] if mine else 0,
+                }
+            )
             results.append((-nats, all(s[2] for s, _ in mine)))
             self.cache_hook.add_partial(name, texts, results[-1] if name == "loglikelihood" else -nats)
         if cut := sum(d["truncated"] > 0 for d in self.details[-len(requests):] if requests):
-            logging.getLogger(__name__).warning("%d of %d contexts were longer than the model's block of %d tokens and lost their beginning", cut, len(requests), self.max_length)
+            logging.getLogger(__name__).warning(
+                "%d of %d contexts were longer than the model's block of %d tokens and lost their beginning", cut, len(requests), self.max_length
+            )
         return results
 
     @torch.no_grad()
@@ -141,7 +184,9 @@ class Harness(TemplateLM):
     def _left_to_right(self, tokens, start):
         """Exact nats of an autoregressive model from position `start` (B,) on."""
         never, first = self.model.ends
-        logits = self.model.net(torch.cat([torch.full_like(tokens[:, :1], first), tokens[:, :-1]], 1)).index_fill(-1, torch.tensor(never, device=tokens.device), -math.inf)
+        logits = self.model.net(torch.cat([torch.full_like(tokens[:, :1], first), tokens[:, :-1]], 1)).index_fill(
+            -1, torch.tensor(never, device=tokens.device), -math.inf
+        )
         mine = torch.arange(tokens.shape[1], device=tokens.device) >= (start[:, None] if self.mode == "suffix" else 0)
         nats = -logits.double().log_softmax(-1).gather(-1, tokens[..., None]).squeeze(-1)
         hit = ((logits.argmax(-1) == tokens) | (torch.arange(tokens.shape[1], device=tokens.device) < start[:, None])).all(1)
@@ -156,7 +201,12 @@ class Harness(TemplateLM):
         noised, b, weight = noise_counts(free, int(process.p_uniform == 0), self.draws, u, self.generator)
         x0 = tokens.repeat_interleave(self.draws, 0)
         xt = torch.where(noised, process.sample_prior(x0.shape, generator=self.generator, device=x0.device), x0)
-        nats = torch.cat([self.model.bound(*(part[a:a + self.batch_size] for part in (x0, xt, 1 - b, -torch.ones_like(b)))) for a in range(0, len(x0), self.batch_size)])
+        nats = torch.cat(
+            [
+                self.model.bound(*(part[a : a + self.batch_size] for part in (x0, xt, 1 - b, -torch.ones_like(b))))
+                for a in range(0, len(x0), self.batch_size)
+            ]
+        )
         value = (weight * (nats * free.repeat_interleave(self.draws, 0)).double().sum(1)).view(len(tokens), self.draws)
         se = value.std(1) / math.sqrt(self.draws) if self.draws > 1 else torch.full_like(value[:, 0], math.nan)
         hits = self._greedy(tokens, start) if greedy else [False] * len(tokens)
@@ -171,7 +221,12 @@ class Harness(TemplateLM):
             rows, at = torch.tensor(where[a:a + self.batch_size], device=tokens.device).unbind(1)
             noise = process.sample_prior((len(rows), T), generator=self.generator, device=tokens.device)
             x = torch.where(torch.arange(T, device=tokens.device) < at[:, None], tokens[rows], noise)
-            logits = self.model.denoiser(x, torch.full((len(rows),), -math.log(1e-3), device=tokens.device))[torch.arange(len(rows)), at]
+            denoiser, sigma = self.model.denoiser, torch.full((len(rows),), -math.log(1e-3), device=tokens.device)
+            if isinstance(denoiser, LogScores):
+                logits = loo_from_score(process, denoiser.denoiser(x, sigma), x, 1e-3)
+            else:
+                logits = denoiser(x, sigma)
+            logits = logits[torch.arange(len(rows)), at]
             if process.mask_id is not None:
                 logits[:, process.mask_id] = -math.inf
             for row, hit in zip(rows.tolist(), (logits.argmax(-1) == tokens[rows, at]).tolist()):
@@ -184,7 +239,8 @@ class Harness(TemplateLM):
         return [value for value, _ in self._loglikelihood_tokens(encoded, disable_tqdm, False, "loglikelihood_rolling")]
 
     def generate_until(self, requests, disable_tqdm=False):
-        """[continuation], written with the context as a clamped prompt and cut at the first of the request's `until`. Of its other settings, max_gen_toks (at most the block less one token), do_sample, temperature and
+        """[continuation], written with the context as a clamped prompt and cut at the first of the request's `until`. Of its other settings,
+        max_gen_toks (at most the block less one token), do_sample, temperature and
         top_p are heeded; without do_sample the tail is greedy, an autoregressive model altogether. A context that is too long loses its beginning."""
         from tqdm import tqdm
         written = []
@@ -205,8 +261,16 @@ class Harness(TemplateLM):
         draw = bool(settings.get("do_sample", temperature > 0)) and temperature != 0
         tokens = torch.tensor(context + [0] * n, device=self._device)
         prompt = tokens, torch.arange(len(tokens), device=self._device) < len(context)
-        out = self.model.sample_tokens(1, steps=self.steps or n, top_p=float(settings.get("top_p", self.top_p)), tail="sample" if draw else "greedy", prompt=prompt,
-                                       generator=self.generator, length=len(tokens), temperature=temperature if draw and temperature else 1.0)
+        out = self.model.sample_tokens(
+            1,
+            steps=self.steps or n,
+            top_p=float(settings.get("top_p", self.top_p)),
+            tail="sample" if draw else "greedy",
+            prompt=prompt,
+            generator=self.generator,
+            length=len(tokens),
+            temperature=temperature if draw and temperature else 1.0,
+        )
         return self.model.decode(out[0, len(context):])
 
 # %% ../nbs/16_harness.ipynb #8ba26897
@@ -214,7 +278,8 @@ OWN_TASKS = ("austen_cloze", "austen_rolling")
 
 
 def cloze(book, n=500, context=240, choices=4, seed=1):
-    """n documents {context, choices, label}: sentences of a text without their last word, after up to `context` characters of what comes before, and the candidates, each the last word of some sentence."""
+    """n documents {context, choices, label}: sentences of a text without their last word, after up to `context` characters of what comes before, and
+    the candidates, each the last word of some sentence."""
     text, rng = re.sub(r"\s+", " ", book.replace("_", "")), random.Random(seed)
     ends = [m for m in re.finditer(r" ([a-z]{4,})[.!?]", text) if m.start() > context]
     lasts = sorted({m[1] for m in ends})
@@ -235,23 +300,48 @@ def write_tasks(folder, seed=1):
     passages = [{"text": p.strip()} for p in re.split(r"\n\n+", book) if 400 <= len(p) <= 1200]
     for name, rows in (("austen_cloze", cloze(book, seed=seed)), ("austen_rolling", passages)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        config = {"task": name, "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(folder / f"{name}.jsonl")}}, "test_split": "test", "metadata": {"version": 1}}
-        config |= ({"output_type": "multiple_choice", "doc_to_text": "{{context}}", "doc_to_choice": "choices", "doc_to_target": "label", "target_delimiter": " ",
-                    "metric_list": [{"metric": m, "aggregation": "mean", "higher_is_better": True} for m in ("acc", "acc_norm")]} if name == "austen_cloze" else
-                   {"output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{text}}",
-                    "metric_list": [{"metric": m, "aggregation": m if m == "bits_per_byte" else "weighted_perplexity", "higher_is_better": False} for m in ("word_perplexity", "byte_perplexity", "bits_per_byte")]})
+        config = {
+            "task": name,
+            "dataset_path": "json",
+            "dataset_kwargs": {"data_files": {"test": str(folder / f"{name}.jsonl")}},
+            "test_split": "test",
+            "metadata": {"version": 1},
+        }
+        config |= (
+            {
+                "output_type": "multiple_choice",
+                "doc_to_text": "{{context}}",
+                "doc_to_choice": "choices",
+                "doc_to_target": "label",
+                "target_delimiter": " ",
+                "metric_list": [{"metric": m, "aggregation": "mean", "higher_is_better": True} for m in ("acc", "acc_norm")],
+            }
+            if name == "austen_cloze"
+            else {
+                "output_type": "loglikelihood_rolling",
+                "doc_to_text": "",
+                "doc_to_target": "{{text}}",
+                "metric_list": [
+                    {"metric": m, "aggregation": m if m == "bits_per_byte" else "weighted_perplexity", "higher_is_better": False}
+                    for m in ("word_perplexity", "byte_perplexity", "bits_per_byte")
+                ],
+            }
+        )
         (folder / f"{name}.yaml").write_text(json.dumps(config, indent=1), encoding="utf-8")  # JSON is YAML
     return folder
 
 
 def evaluate(harness, tasks, folder, limit=None, num_fewshot=None, bootstrap=1000):
-    """What `lm_eval.simple_evaluate` returns for tasks by name, `OWN_TASKS` or the harness's; `limit` documents of each. ValueError for a task that does not exist or whose data cannot be had."""
+    """What `lm_eval.simple_evaluate` returns for tasks by name, `OWN_TASKS` or the harness's; `limit` documents of each. ValueError for a task that
+    does not exist or whose data cannot be had."""
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
     manager = TaskManager(include_path=str(write_tasks(folder)), include_defaults=not set(tasks) <= set(OWN_TASKS))
     if unknown := [t for t in tasks if t not in manager.all_tasks]:
         raise ValueError(f"tasks: given {', '.join(unknown)}; allowed: {', '.join(OWN_TASKS)} and those of lm-evaluation-harness (lm_eval ls tasks)")
     try:
-        return simple_evaluate(harness, tasks=list(tasks), task_manager=manager, limit=limit, num_fewshot=num_fewshot, bootstrap_iters=bootstrap, log_samples=True)
+        return simple_evaluate(
+            harness, tasks=list(tasks), task_manager=manager, limit=limit, num_fewshot=num_fewshot, bootstrap_iters=bootstrap, log_samples=True
+        )
     except (ConnectionError, OSError) as err:
         raise ValueError(f"tasks: the data of {', '.join(tasks)} could not be had ({type(err).__name__}: {str(err).splitlines()[0][:200]})") from None

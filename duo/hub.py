@@ -88,8 +88,10 @@ class _Clean:
 @dataclasses.dataclass(eq=False)
 class Model(ModelHubMixin):
     """A network with all that it needs to write and judge text: a `method` of `likelihood.METHODS`, its schedule (None for autoregressive models), a
-    tokenizer and the block length; `training` holds facts of the run that made it. `mask_id` is the tokenizer's own symbol that serves as the mask, or that
-    an autoregressive model never writes; `bos_id` its own that begins the text (None: a symbol behind the tokenizer's). `p_uniform` is the share of uniform noise (gidd), `T` the number of
+    tokenizer and the block length; `training` holds facts of the run that made it. `mask_id` is the tokenizer's own symbol that serves as the mask,
+    or that
+    an autoregressive model never writes; `bos_id` its own that begins the text (None: a symbol behind the tokenizer's). `p_uniform` is the share of
+    uniform noise (gidd), `T` the number of
     steps of which `loss` is the bound (d3pm; None: infinitely many). ValueError where these do not fit.
 
     `model.sample(4)` writes, `model.nll(texts)` judges, `model.loss` goes to `metrics.evaluate_bound`, `model.denoiser` to `samplers.sample`;
@@ -165,7 +167,8 @@ class Model(ModelHubMixin):
 
     @property
     def denoiser(self):
-        """The callable (xt (B, L), sigma (B,)) -> logits (B, L, K) that `samplers.sample` takes; an autoregressive one keeps keys and values. Of SEDD, `LogScores`."""
+        """The callable (xt (B, L), sigma (B,)) -> logits (B, L, K) that `samplers.sample` takes; an autoregressive one keeps keys and values. Of
+        SEDD, `LogScores`."""
         if self.process is None:
             return _Causal(self.net, *self.ends)
         if METHODS[self.method].objective == "score":
@@ -173,7 +176,8 @@ class Model(ModelHubMixin):
         return _Clean(self.net, self.process) if METHODS[self.method].prior == "hybrid" else self.net
 
     def loss(self, x0, t, generator=None, labels=None) -> torch.Tensor:
-        """(B, L) nats of x0 (B, L) at times t (B,): one draw of the bound (paper I, Eq. 17), or the exact −log p of an autoregressive model. A network
+        """(B, L) nats of x0 (B, L) at times t (B,): one draw of the bound (paper I, Eq. 17), or the exact −log p of an autoregressive model. A
+        network
         with classes is told the `labels` (B,), or none."""
         if self.process is None:
             never, start = self.ends
@@ -189,7 +193,9 @@ class Model(ModelHubMixin):
         sigma = -alpha[:, 0].log()
         if hasattr(self.net, "head"):
             loss = linear_score_nelbo if METHODS[self.method].objective == "score" else linear_nelbo
-            return loss(self.process, self.net.hidden(xt, sigma), self.net.head.weight, clean_bias(self.process, self.net.head.bias), x0, xt, alpha, alpha_dot)
+            return loss(
+                self.process, self.net.hidden(xt, sigma), self.net.head.weight, clean_bias(self.process, self.net.head.bias), x0, xt, alpha, alpha_dot
+            )
         return unet_nelbo(self.net, self.process, xt, sigma, x0, xt, alpha, alpha_dot, labels)
 
     def nll(self, texts, draws: int = 8, batch_size: int = 32, generator=None) -> Scores:
@@ -203,7 +209,9 @@ class Model(ModelHubMixin):
         nats = torch.zeros(len(rows), dtype=torch.float64)
         for size in {len(block) for _, block in blocks}:
             owners, same = zip(*((i, block) for i, block in blocks if len(block) == size))
-            bound = evaluate_bound(self.loss, torch.stack(same), draws, batch_size, exact=self.process is None, generator=generator, device=self.device)
+            bound = evaluate_bound(
+                self.loss, torch.stack(same), draws, batch_size, exact=self.process is None, generator=generator, device=self.device
+            )
             nats.index_add_(0, torch.tensor(owners), bound.scores.nats)
         read = [t if isinstance(t, str) else self.decode(t) for t in texts]
         characters = [len(t) if isinstance(t, str) else len(row) for t, row in zip(read, rows)]  # of an image, its pixels
@@ -218,9 +226,11 @@ class Model(ModelHubMixin):
                       stride: int | None = None, labels=None, guidance: float = 1.0) -> torch.Tensor:
         """(n, length) tokens by `samplers.sample`, in batches.
 
-        steps: network calls (an autoregressive model, and FirstHitting, make one a token and ignore it); sampler: Ancestral() by default; prompt: a text
+        steps: network calls (an autoregressive model, and FirstHitting, make one a token and ignore it); sampler: Ancestral() by default; prompt: a
+        text
         that every sample begins with or that has gaps (`samplers.template`), or (tokens, is_fixed) of `samplers.sample`; seed or generator make it
-        repeatable; length (default: a block) beyond a block is written in strides of `stride` tokens (default: half a block), each with `steps` calls.
+        repeatable; length (default: a block) beyond a block is written in strides of `stride` tokens (default: half a block), each with `steps`
+        calls.
         labels: of a model with classes, the class of all samples or of each, (n,); guidance: the weight of `samplers.guided` (1: none).
         Raises ValueError for a prompt that is longer than a block's strides allow, and for labels that do not fit.
         """
@@ -307,8 +317,10 @@ def _write(path: Path, content, dtype: torch.dtype):
         os.fsync(file.fileno())
 
 # %% ../nbs/13_hub.ipynb #c8367999
-_INERT_PACKAGES = ("omegaconf hydra lightning pytorch_lightning lightning_fabric lightning_utilities torch torchmetrics transformers tokenizers typing "
-                   "pathlib enum datetime collections numpy").split()
+_INERT_PACKAGES = (
+    "omegaconf hydra lightning pytorch_lightning lightning_fabric lightning_utilities torch torchmetrics transformers tokenizers typing "
+    "pathlib enum datetime collections numpy"
+).split()
 _INERT_TYPES = [f"builtins.{name}" for name in "dict list tuple set frozenset str bytes int float complex bool object".split()]
 
 
@@ -341,7 +353,8 @@ def _stand_in(path):
 def read_checkpoint(path) -> dict:
     """What `torch.save` wrote to a file: tensors and plain containers, objects of OmegaConf as plain containers, and None for other objects.
 
-    Nothing named in the file is imported or called. Raises ValueError in one line for a file that names anything else than tensors, containers and objects
+    Nothing named in the file is imported or called. Raises ValueError in one line for a file that names anything else than tensors, containers and
+    objects
     of well-known packages, that is damaged, or that is no dict.
     """
     path = Path(path)
@@ -353,7 +366,9 @@ def read_checkpoint(path) -> dict:
                 found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             plain = _plain(found)
     except Exception as err:  # the many kinds of a reader that meets a damaged or hostile file
-        raise ValueError(f"{path}: cannot be read as a checkpoint of torch.save ({type(err).__name__}: {str(err).splitlines()[0][:150] if str(err) else ''})") from None
+        raise ValueError(
+            f"{path}: cannot be read as a checkpoint of torch.save ({type(err).__name__}: {str(err).splitlines()[0][:150] if str(err) else ''})"
+        ) from None
     if refused:
         raise ValueError(f"{path}: refused, nothing of it was run: it names {_some(refused)}, and a checkpoint needs tensors and settings alone")
     if not isinstance(plain, dict):
@@ -379,13 +394,33 @@ def _plain(x):
     return None if isinstance(x, type) and issubclass(x, _Inert) else x
 
 # %% ../nbs/13_hub.ipynb #68bda811
-_ALGORITHMS = {"duo": "duo", "distillation": "duo", "duo_base": "udlm", "udlm": "udlm", "mdlm": "mdlm", "sedd": "sedd_absorb", "d3pm": "d3pm", "ar": "ar"}
+_ALGORITHMS = {
+    "duo": "duo",
+    "distillation": "duo",
+    "duo_base": "udlm",
+    "udlm": "udlm",
+    "mdlm": "mdlm",
+    "sedd": "sedd_absorb",
+    "d3pm": "d3pm",
+    "ar": "ar",
+}
 _PLACES = {  # our name of a setting → where configurations of Lightning files and of the hub have it
-    "method": ("algo.name", "algo", "model_type"), "length": ("model.length", "model_length", "length"), "tokenizer": ("data.tokenizer_name_or_path", "tokenizer_name_or_path"),
-    "hidden_size": ("model.hidden_size", "hidden_size", "hidden_dim"), "cond_dim": ("model.cond_dim", "cond_dim"), "n_blocks": ("model.n_blocks", "n_blocks"),
-    "n_heads": ("model.n_heads", "n_heads"), "dropout": ("model.dropout", "dropout"), "causal": ("algo.causal_attention", "causal_attention", "causal"),
-    "time_conditioning": ("algo.time_conditioning", "time_conditioning"), "schedule": ("noise.type", "noise"), "schedule_eps": ("noise.eps",),
-    "fix_logistic": ("model.fix_logistic", "fix_logistic"), "num_classes": ("data.num_classes",), "T": ("algo.T",)}
+    "method": ("algo.name", "algo", "model_type"),
+    "length": ("model.length", "model_length", "length"),
+    "tokenizer": ("data.tokenizer_name_or_path", "tokenizer_name_or_path"),
+    "hidden_size": ("model.hidden_size", "hidden_size", "hidden_dim"),
+    "cond_dim": ("model.cond_dim", "cond_dim"),
+    "n_blocks": ("model.n_blocks", "n_blocks"),
+    "n_heads": ("model.n_heads", "n_heads"),
+    "dropout": ("model.dropout", "dropout"),
+    "causal": ("algo.causal_attention", "causal_attention", "causal"),
+    "time_conditioning": ("algo.time_conditioning", "time_conditioning"),
+    "schedule": ("noise.type", "noise"),
+    "schedule_eps": ("noise.eps",),
+    "fix_logistic": ("model.fix_logistic", "fix_logistic"),
+    "num_classes": ("data.num_classes",),
+    "T": ("algo.T",),
+}
 _SCHEDULES = {"log-linear": LogLinear, "loglinear": LogLinear, "cosine": Cosine}
 _GUESSES = {50257: "gpt2", 50258: "gpt2", 30522: "bert-base-uncased"}  # rows of the embedding → tokenizer, where a file does not say
 
@@ -440,12 +475,27 @@ def _unet_config(state, found, vocab_size) -> UNetConfig:
         raise ValueError(f"length must be {channels} channels of a square image, got {found.get('length')}; load(…, length=…) can say it")
     outputs, table = state["output_modules.1.weight"].shape[0], state.get("cond_map.embedding_table.weight")
     if outputs not in (2 * channels, channels * vocab_size):
-        raise ValueError(f"the last convolution has {outputs} outputs, {2 * channels} (logistic) or {channels * vocab_size} (logits) are needed for {vocab_size} values")
+        raise ValueError(
+            f"the last convolution has {outputs} outputs, {2 * channels} (logistic) or {channels * vocab_size} (logits) are needed for {vocab_size} values"
+        )
     seen = {"num_classes": None if table is None else len(table) - 1}
     _agree(seen, found)
-    return UNetConfig(vocab_size, channels, side, side, ch, [w // ch for w in widths[::blocks]], blocks, next((i for i, level in enumerate(levels) if "attn" in level), None),
-                      found.get("dropout", 0.1), time_size=state["temb_modules.0.weight"].shape[1], time_conditioning=found.get("time_conditioning", True),
-                      fix_logistic=found.get("fix_logistic", False), head="logistic" if outputs == 2 * channels else "logits", **seen)
+    return UNetConfig(
+        vocab_size,
+        channels,
+        side,
+        side,
+        ch,
+        [w // ch for w in widths[::blocks]],
+        blocks,
+        next((i for i, level in enumerate(levels) if "attn" in level), None),
+        found.get("dropout", 0.1),
+        time_size=state["temb_modules.0.weight"].shape[1],
+        time_conditioning=found.get("time_conditioning", True),
+        fix_logistic=found.get("fix_logistic", False),
+        head="logistic" if outputs == 2 * channels else "logits",
+        **seen,
+    )
 
 
 def _compare(path, shapes: dict, wanted: dict, why: str):
@@ -459,7 +509,11 @@ def _compare(path, shapes: dict, wanted: dict, why: str):
 
 def _agree(seen, found):
     """ValueError where the tensors show another size than the configuration says."""
-    if wrong := [f"{name} is {found[name]} in its configuration and {value} in its tensors" for name, value in seen.items() if name in found and found[name] != value]:
+    if wrong := [
+        f"{name} is {found[name]} in its configuration and {value} in its tensors"
+        for name, value in seen.items()
+        if name in found and found[name] != value
+    ]:
         raise ValueError(", ".join(wrong))
 
 
@@ -478,7 +532,8 @@ def _symbols(method, tokenizer, rows):
 
 
 def _assemble(path, weights: dict, config: dict, settings: dict, training: dict, averaged=None) -> Model:
-    """The `Model` of foreign weights: tensors by their names in the file, its configuration, what the caller says, and the list of averaged parameters."""
+    """The `Model` of foreign weights: tensors by their names in the file, its configuration, what the caller says, and the list of averaged
+    parameters."""
     if unknown := settings.keys() - _PLACES.keys():
         raise ValueError(f"load: {_some(unknown)} is no setting of a model; allowed: {', '.join(_PLACES)}")
     found, prefix = _settings(config) | settings, "backbone."
@@ -488,7 +543,9 @@ def _assemble(path, weights: dict, config: dict, settings: dict, training: dict,
     algorithm = str(found.get("method", "")).lower()
     method = _ALGORITHMS.get(algorithm, algorithm)
     if method not in METHODS:
-        raise ValueError(f"{path}: its algorithm is {algorithm or 'not said'}; allowed: {', '.join(k for k, v in _ALGORITHMS.items() if v in METHODS)}; load(…, method=…) can say it")
+        raise ValueError(
+            f"{path}: its algorithm is {algorithm or 'not said'}; allowed: {', '.join(k for k, v in _ALGORITHMS.items() if v in METHODS)}; load(…, method=…) can say it"
+        )
     try:
         model = _shell(method, state, found, training)
         buffers = {"rotary_emb.inv_freq"} & state.keys()
@@ -496,7 +553,10 @@ def _assemble(path, weights: dict, config: dict, settings: dict, training: dict,
         _compare("its tensors", {prefix + name: tuple(t.shape) for name, t in state.items() if name not in buffers}, wanted, "the others ask for")
         if averaged is not None:
             names = [name for name in state if name not in buffers]
-            shapes = {f"ema.shadow_params[{i}] ({name})": tuple(t.shape) for i, (name, t) in enumerate(itertools.zip_longest(names, averaged, fillvalue=torch.empty(0)))}
+            shapes = {
+                f"ema.shadow_params[{i}] ({name})": tuple(t.shape)
+                for i, (name, t) in enumerate(itertools.zip_longest(names, averaged, fillvalue=torch.empty(0)))
+            }
             _compare("its average", shapes, {key: tuple(state[name].shape) for key, name in zip(shapes, names)}, "the network asks for")
             state = dict(zip(names, averaged))
     except (ValueError, TypeError, KeyError) as err:
@@ -509,7 +569,9 @@ def _shell(method, state, found, training) -> Model:
     """The `Model` that these tensors belong to, its network on the meta device."""
     images, name = "input_conv.weight" in state, found.get("tokenizer")
     if not images and "vocab_embed.embedding" not in state:
-        raise ValueError(f"neither a DiT (backbone.vocab_embed.embedding) nor a U-Net (backbone.input_conv.weight), found {_some(state) or 'no tensor'}")
+        raise ValueError(
+            f"neither a DiT (backbone.vocab_embed.embedding) nor a U-Net (backbone.input_conv.weight), found {_some(state) or 'no tensor'}"
+        )
     if images:
         channels, side = state["input_conv.weight"].shape[1], math.isqrt(int(found.get("length", 0)) // state["input_conv.weight"].shape[1])
         tokenizer = PixelTokenizer(channels, max(side, 1), max(side, 1)) if name is None or isinstance(name, str) else name
@@ -527,7 +589,17 @@ def _shell(method, state, found, training) -> Model:
     if type(found.get("length")) is not int:
         raise ValueError("the file does not say the length of a block; load(…, length=…) can")
     with torch.device("meta"):
-        return Model((UNet if images else DiT)(config), method, schedule, tokenizer, found["length"], training, mask_id, bos_id, T=found.get("T") or None if method == "d3pm" else None)
+        return Model(
+            (UNet if images else DiT)(config),
+            method,
+            schedule,
+            tokenizer,
+            found["length"],
+            training,
+            mask_id,
+            bos_id,
+            T=found.get("T") or None if method == "d3pm" else None,
+        )
 
 
 def _lightning(path: Path, raw: bool, settings: dict) -> Model:
@@ -571,7 +643,8 @@ _NEEDED = {"dit": ("vocab_size", "hidden_size", "n_blocks", "n_heads", "cond_dim
 def load(source, raw: bool = False, device="cpu", **settings) -> Model:
     """The `Model` in a directory, in a repository of the Hugging Face hub ("owner/name"), or in a Lightning .ckpt of the authors' code.
 
-    raw=True takes the weights before averaging. What a foreign file does not say, or says wrongly, can be given in `settings`: method, tokenizer (a name, a
+    raw=True takes the weights before averaging. What a foreign file does not say, or says wrongly, can be given in `settings`: method, tokenizer (a
+    name, a
     directory or an object), length, schedule, schedule_eps, time_conditioning, n_heads, dropout, fix_logistic. No code from the file runs.
     Raises ValueError in one line that says which file or setting is missing, unknown, damaged or does not fit.
     """
@@ -634,7 +707,9 @@ def _config(path: Path) -> dict:
     if kind not in _KINDS:
         raise ValueError(f"{path}: network must be one of {', '.join(_KINDS)}, got {kind!r}")
     needed, known = {*_ALWAYS, *_NEEDED[kind]}, {f.name for f in dataclasses.fields(_KINDS[kind][1])} | {"training", "dtype", "network", *_SOMETIMES}
-    if wrong := [f"{word} {', '.join(sorted(keys))}" for word, keys in (("lacks", needed - {*config}), ("has unknown", {*config} - needed - known)) if keys]:
+    if wrong := [
+        f"{word} {', '.join(sorted(keys))}" for word, keys in (("lacks", needed - {*config}), ("has unknown", {*config} - needed - known)) if keys
+    ]:
         raise ValueError(f"{path}: {' and '.join(wrong)}")
     if config["schedule"] not in (*SCHEDULES, None):
         raise ValueError(f"{path}: schedule must be one of {', '.join(SCHEDULES)}, got {config['schedule']!r}")
@@ -691,7 +766,9 @@ print(model.sample(4{"" if exact else ", steps=64"}))
 
 
 def _size(config) -> str:
-    return f"a U-Net of {config['ch']} channels" if config.get("network") == "unet" else f"{config['n_blocks']} blocks of width {config['hidden_size']}"
+    return (
+        f"a U-Net of {config['ch']} channels" if config.get("network") == "unet" else f"{config['n_blocks']} blocks of width {config['hidden_size']}"
+    )
 
 
 def _number(value, se, draws) -> str:

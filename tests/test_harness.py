@@ -30,8 +30,17 @@ def test_by_name_with_arguments(tmp_path):
     import lm_eval
     from lm_eval.tasks import TaskManager
     manager = TaskManager(include_path=str(write_tasks(tmp_path)), include_defaults=False)
-    results = lm_eval.simple_evaluate("duo", model_args=f"pretrained={CHECKPOINTS / 'austen_ar/checkpoints'},progress=False,mode=full", tasks=["austen_cloze"], task_manager=manager,
-                                      limit=2, batch_size=16, device="cpu", bootstrap_iters=0, use_cache=str(tmp_path / "cache"))
+    results = lm_eval.simple_evaluate(
+        "duo",
+        model_args=f"pretrained={CHECKPOINTS / 'austen_ar/checkpoints'},progress=False,mode=full",
+        tasks=["austen_cloze"],
+        task_manager=manager,
+        limit=2,
+        batch_size=16,
+        device="cpu",
+        bootstrap_iters=0,
+        use_cache=str(tmp_path / "cache"),
+    )
     assert results["n-samples"]["austen_cloze"] == {"original": 500, "effective": 2}
 
 
@@ -43,7 +52,20 @@ def test_unknown_tasks_and_data_that_cannot_be_had(tmp_path):
 def test_a_run(tmp_path):
     """`duo-run harness/…` writes its numbers, and refuses what cannot be before a kernel starts."""
     def duo_run(*words):
-        return subprocess.run([sys.executable, "-c", "import sys; from duo.runs import main; sys.exit(main())", "harness/austen_cloze_ar", "--output", str(tmp_path / "out"), *words], cwd=REPOSITORY, capture_output=True, text=True)
+        return subprocess.run(
+            [
+                sys.executable,
+                "-c",
+                "import sys; from duo.runs import main; sys.exit(main())",
+                "harness/austen_cloze_ar",
+                "--output",
+                str(tmp_path / "out"),
+                *words,
+            ],
+            cwd=REPOSITORY,
+            capture_output=True,
+            text=True,
+        )
     found = duo_run("tasks=", "limit=0")
     assert found.returncode == 2 and "limit: given 0; allowed: at least 1" in found.stderr + found.stdout and not (tmp_path / "out").exists(), found
     found = duo_run("limit=2")

@@ -22,7 +22,9 @@ DATA = Path(__file__).parent / "data"
 def known(name):
     """(state, everything else) of tests/data/format_NAME.npz: weights by the files' own names, inputs and the output that belongs to them."""
     content = {key: torch.from_numpy(value) for key, value in np.load(DATA / f"format_{name}.npz").items()}
-    return {k.removeprefix("state/"): v for k, v in content.items() if k.startswith("state/")}, {k: v for k, v in content.items() if not k.startswith("state/")}
+    return {k.removeprefix("state/"): v for k, v in content.items() if k.startswith("state/")}, {
+        k: v for k, v in content.items() if not k.startswith("state/")
+    }
 
 
 def gpt2_like(folder):
@@ -44,15 +46,28 @@ def lightning(path, state, algorithm, tokenizer=None, averaged=True, config=True
     """A .ckpt as Lightning writes the authors' runs; with an average, the plain weights are something else."""
     buffers = {"rotary_emb.inv_freq"}
     if config is True:
-        config = {"algo": {"name": algorithm, "causal_attention": algorithm == "ar", "time_conditioning": True, "T": 0}, "noise": {"type": "log-linear", "eps": 1e-3},
-                  "model": {"hidden_size": 32, "cond_dim": 16, "length": "${data.block}", "n_blocks": 2, "n_heads": 2, "dropout": 0.1},
-                  "data": {"tokenizer_name_or_path": None if tokenizer is None else str(tokenizer), "block": 6}, "loader": {"devices": [0, 1]}}
+        config = {
+            "algo": {"name": algorithm, "causal_attention": algorithm == "ar", "time_conditioning": True, "T": 0},
+            "noise": {"type": "log-linear", "eps": 1e-3},
+            "model": {"hidden_size": 32, "cond_dim": 16, "length": "${data.block}", "n_blocks": 2, "n_heads": 2, "dropout": 0.1},
+            "data": {"tokenizer_name_or_path": None if tokenizer is None else str(tokenizer), "block": 6},
+            "loader": {"devices": [0, 1]},
+        }
         for key, value in settings.items():
             OmegaConf.update(config := OmegaConf.create(config), key, value)
     weights = {f"backbone.{k}": v + 0.1 if averaged and k not in buffers else v for k, v in state.items()}
-    content = {"epoch": 0, "global_step": 1_000_000, "pytorch-lightning_version": "2.2.1", "state_dict": weights | {f"teacher.{k}": v for k, v in state.items()},
-               "loops": {"fit_loop": {"state_dict": {}, "epoch_progress": {"total": {"ready": 1}}}}, "callbacks": {"ModelCheckpoint{'monitor': 'val/nll'}": {"best_model_path": Path("x")}},
-               "optimizer_states": [{"state": {0: {"step": torch.tensor(1.0)}}}], "hparams_name": "config", "hyper_parameters": OmegaConf.create(config), "hparams_type": type(OmegaConf.create({}))}
+    content = {
+        "epoch": 0,
+        "global_step": 1_000_000,
+        "pytorch-lightning_version": "2.2.1",
+        "state_dict": weights | {f"teacher.{k}": v for k, v in state.items()},
+        "loops": {"fit_loop": {"state_dict": {}, "epoch_progress": {"total": {"ready": 1}}}},
+        "callbacks": {"ModelCheckpoint{'monitor': 'val/nll'}": {"best_model_path": Path("x")}},
+        "optimizer_states": [{"state": {0: {"step": torch.tensor(1.0)}}}],
+        "hparams_name": "config",
+        "hyper_parameters": OmegaConf.create(config),
+        "hparams_type": type(OmegaConf.create({})),
+    }
     if averaged:
         content["ema"] = {"decay": 0.9999, "num_updates": 7, "shadow_params": [v for k, v in state.items() if k not in buffers]}
     torch.save(content, path)
@@ -87,7 +102,7 @@ def causal_by_hand(state, x):
     return linear(norm(h, "output_layer.norm_final"), "output_layer.linear")
 
 
-@pytest.mark.parametrize("algorithm, method", [("duo", "duo"), ("distillation", "duo"), ("duo_base", "udlm"), ("mdlm", "mdlm")])
+@pytest.mark.parametrize("algorithm, method", [("duo", "duo"), ("distillation", "duo"), ("duo_base", "udlm"), ("mdlm", "mdlm"), ("sedd", "sedd_absorb")])
 @torch.no_grad()
 def test_lightning_dit(tmp_path, algorithm, method):
     state, given = known("dit")
@@ -107,7 +122,9 @@ def test_lightning_dit(tmp_path, algorithm, method):
 def test_a_mixture_of_tokens_is_a_token_whose_embedding_is_the_mixture(tmp_path):
     state, given = known("dit")
     tokenizer, weight = gpt2_like(tmp_path), torch.rand(11, generator=torch.Generator().manual_seed(0))
-    mixed = state | {"vocab_embed.embedding": state["vocab_embed.embedding"].index_copy(0, torch.tensor([0]), (weight @ state["vocab_embed.embedding"])[None])}
+    mixed = state | {
+        "vocab_embed.embedding": state["vocab_embed.embedding"].index_copy(0, torch.tensor([0]), (weight @ state["vocab_embed.embedding"])[None])
+    }
     model, other = load(lightning(tmp_path / "a.ckpt", state, "duo", tokenizer)), load(lightning(tmp_path / "b.ckpt", mixed, "duo", tokenizer))
     want = other.net(torch.zeros(3, 6, dtype=torch.long), given["sigma"])
     same(model.net(weight.expand(3, 6, 11), given["sigma"]), want, "mixture of all tokens")
@@ -137,7 +154,12 @@ def test_lightning_unet(tmp_path):
         vocab_size = 10
 
     state, given = known("unet")
-    config = {"algo": {"name": "duo", "time_conditioning": True}, "noise": {"type": "cosine"}, "model": {"length": 48, "dropout": 0.1, "ch": 8}, "data": {"num_classes": 3}}
+    config = {
+        "algo": {"name": "duo", "time_conditioning": True},
+        "noise": {"type": "cosine"},
+        "model": {"length": 48, "dropout": 0.1, "ch": 8},
+        "data": {"num_classes": 3},
+    }
     path = lightning(tmp_path / "unet.ckpt", state, "duo", config=config)
     model = load(path, tokenizer=Ten(3, 4, 4))
     same(model.net(given["x"], given["sigma"], given["labels"]), given["out"], "U-Net, hard")
@@ -159,7 +181,11 @@ def test_unet_of_ours_round_trip(tmp_path):
     model = Model(net, "mdlm", Cosine(), PixelTokenizer(1, 4, 4), 16)
     back = load(save(model, tmp_path, metrics={}))
     x, sigma = model.sample_tokens(2, steps=3, seed=0), torch.tensor([0.1, 1.0])
-    assert torch.equal(back.net(x, sigma), model.net(x, sigma)) and torch.equal(back.sample_tokens(2, steps=3, seed=0), x) and back.decode(x)[0].shape == (4, 4, 1)
+    assert (
+        torch.equal(back.net(x, sigma), model.net(x, sigma))
+        and torch.equal(back.sample_tokens(2, steps=3, seed=0), x)
+        and back.decode(x)[0].shape == (4, 4, 1)
+    )
     assert json.loads((tmp_path / "config.json").read_text())["network"] == "unet" and "U-Net of 8 channels" in (tmp_path / "README.md").read_text()
     assert math.isfinite(model.nll(x).nats.sum())
 
@@ -170,8 +196,19 @@ def test_published_repository(tmp_path):
     tokenizer = gpt2_like(tmp_path)
     (tmp_path / "hub").mkdir()
     save_file({f"backbone.{k}": v for k, v in state.items()}, tmp_path / "hub/model.safetensors")
-    config = {"architectures": ["DUO"], "auto_map": {"AutoModelForMaskedLM": "modeling_duo.DUO"}, "model_type": "duo", "vocab_size": 11, "hidden_dim": 32, "cond_dim": 16, "n_blocks": 2,
-              "n_heads": 2, "dropout": 0.1, "model_length": 6, "time_conditioning": True}
+    config = {
+        "architectures": ["DUO"],
+        "auto_map": {"AutoModelForMaskedLM": "modeling_duo.DUO"},
+        "model_type": "duo",
+        "vocab_size": 11,
+        "hidden_dim": 32,
+        "cond_dim": 16,
+        "n_blocks": 2,
+        "n_heads": 2,
+        "dropout": 0.1,
+        "model_length": 6,
+        "time_conditioning": True,
+    }
     (tmp_path / "hub/config.json").write_text(json.dumps(config))
     (tmp_path / "hub/modeling_duo.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     model = load(tmp_path / "hub", tokenizer=tokenizer)
@@ -188,21 +225,29 @@ def test_vocabularies(tmp_path):
         assert mask is None or not (model.sample_tokens(8, steps=4, seed=0) == mask).any()
         back = load(save(model, tmp_path / "ours"))
         assert back.process == model.process and back.tokenizer.vocab_size == V and back.encode("abc").tolist() == model.encode("abc").tolist()
-    wide = state | {k: torch.cat([state[k], state[k][:2]]) for k in ("vocab_embed.embedding", "output_layer.linear.weight", "output_layer.linear.bias")}
+    wide = state | {
+        k: torch.cat([state[k], state[k][:2]]) for k in ("vocab_embed.embedding", "output_layer.linear.weight", "output_layer.linear.bias")
+    }
     with pytest.raises(ValueError, match=r"x.ckpt: duo with tokenizer 'gpt2' \(10 symbols\) needs a network of vocab_size 10, got 13"):
         load(lightning(tmp_path / "x.ckpt", wide, "duo", gpt2))
     with pytest.raises(ValueError, match="the file does not say its tokenizer, and 11 symbols do not tell"):
         load(lightning(tmp_path / "x.ckpt", state, "duo"))
 
 
-@pytest.mark.parametrize("change, message", [
-    (lambda s: s.pop("blocks.0.mlp.0.bias"), r"its tensors: lacks backbone\.blocks\.0\.mlp\.0\.bias$"),
-    (lambda s: s.update({"blocks.0.mlp.3.bias": torch.ones(1)}), r"its tensors: has unexpected backbone\.blocks\.0\.mlp\.3\.bias$"),
-    (lambda s: s.update({"blocks.1.norm1.weight": torch.ones(5)}), r"its tensors: backbone\.blocks\.1\.norm1\.weight is \(5,\) where the others ask for \(32,\)$"),
-    (lambda s: s.pop("vocab_embed.embedding"), "neither a DiT"),
-    (lambda s: s.update({"rotary_emb.inv_freq": torch.ones(8)}), "rotary_emb.inv_freq has not the base"),
-    (lambda s: s.update({"rotary_emb.inv_freq": 1e4 ** (-torch.arange(0, 1, 1 / 4))}), "n_heads is 2 in its configuration and 4 in its tensors"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda s: s.pop("blocks.0.mlp.0.bias"), r"its tensors: lacks backbone\.blocks\.0\.mlp\.0\.bias$"),
+        (lambda s: s.update({"blocks.0.mlp.3.bias": torch.ones(1)}), r"its tensors: has unexpected backbone\.blocks\.0\.mlp\.3\.bias$"),
+        (
+            lambda s: s.update({"blocks.1.norm1.weight": torch.ones(5)}),
+            r"its tensors: backbone\.blocks\.1\.norm1\.weight is \(5,\) where the others ask for \(32,\)$",
+        ),
+        (lambda s: s.pop("vocab_embed.embedding"), "neither a DiT"),
+        (lambda s: s.update({"rotary_emb.inv_freq": torch.ones(8)}), "rotary_emb.inv_freq has not the base"),
+        (lambda s: s.update({"rotary_emb.inv_freq": 1e4 ** (-torch.arange(0, 1, 1 / 4))}), "n_heads is 2 in its configuration and 4 in its tensors"),
+    ],
+)
 def test_wrong_tensors_are_named(tmp_path, change, message):
     state, _ = known("dit")
     change(state)
@@ -214,11 +259,20 @@ def test_wrong_tensors_are_named(tmp_path, change, message):
 def test_wrong_settings_are_named(tmp_path):
     state, _ = known("dit")
     tokenizer = gpt2_like(tmp_path)
-    for settings, message in ({"algo.name": "flow"}, "its algorithm is flow; allowed: duo"), ({"noise.type": "square"}, "its noise is square"), \
-            ({"model.hidden_size": 48}, "hidden_size is 48 in its configuration and 32 in its tensors"), ({"algo.time_conditioning": None}, "the file does not say time_conditioning"):
+    for settings, message in (
+        ({"algo.name": "flow"}, "its algorithm is flow; allowed: duo"),
+        ({"noise.type": "square"}, "its noise is square"),
+        ({"model.hidden_size": 48}, "hidden_size is 48 in its configuration and 32 in its tensors"),
+        ({"algo.time_conditioning": None}, "the file does not say time_conditioning"),
+    ):
         with pytest.raises(ValueError, match=re.escape(message)):
             load(lightning(tmp_path / "x.ckpt", state, "duo", tokenizer, **settings))
-    assert load(lightning(tmp_path / "x.ckpt", state, "duo", tokenizer, **{"algo.time_conditioning": None}), time_conditioning=False).net.config.time_conditioning is False
+    assert (
+        load(
+            lightning(tmp_path / "x.ckpt", state, "duo", tokenizer, **{"algo.time_conditioning": None}), time_conditioning=False
+        ).net.config.time_conditioning
+        is False
+    )
 
 
 def test_nothing_in_a_file_runs(tmp_path):
@@ -248,7 +302,13 @@ def test_hostile_files_are_refused(tmp_path):
     import os
     import runpy
     import shutil
-    for call in ((os.system, f"touch {marker}"), (exec, f"open({str(marker)!r}, 'w')"), (subprocess.check_call, ["touch", str(marker)]), (runpy.run_path, "x.py"), (shutil.rmtree, str(tmp_path))):
+    for call in (
+        (os.system, f"touch {marker}"),
+        (exec, f"open({str(marker)!r}, 'w')"),
+        (subprocess.check_call, ["touch", str(marker)]),
+        (runpy.run_path, "x.py"),
+        (shutil.rmtree, str(tmp_path)),
+    ):
         torch.save({"state_dict": {"backbone.w": torch.ones(1)}, "hyper_parameters": Evil(*call)}, path)
         with pytest.raises(ValueError, match="refused, nothing of it was run") as caught:
             read_checkpoint(path)
