@@ -6,8 +6,9 @@
 __all__ = ['RANGES', 'CHECKS', 'RunError', 'find_root', 'relative', 'targets', 'find_target', 'Parameter', 'read_parameters',
            'read_yaml', 'read_overrides', 'read_keywords', 'check_ranges', 'check_data', 'check_conditional',
            'check_window', 'check_images', 'check_method', 'check_train', 'check_checkpoint', 'check_likelihood',
-           'check_sample', 'check_solve', 'check_puzzles', 'check_fid', 'check_harness', 'check_distil', 'check_bench',
-           'launcher', 'processes', 'check_devices', 'check', 'Job', 'plan', 'table', 'listing', 'describe']
+           'check_sample', 'check_solve', 'check_puzzles', 'check_fid', 'check_harness', 'check_distil',
+           'check_methods', 'check_bench', 'launcher', 'processes', 'check_devices', 'check', 'Job', 'plan', 'table',
+           'listing', 'describe']
 
 # %% ../nbs/14_parameters.ipynb #66f8238d
 import ast
@@ -621,6 +622,17 @@ def check_distil(params):
     return out
 
 
+def check_methods(params):
+    """Those of `check_data`, and trainings or a judge without a checkpoint."""
+    out = check_data(params)
+    for name in params["models"]:
+        if not Path("outputs/train", name, "checkpoints", "config.json").is_file():
+            out.append(f"models: given {name}, which has no checkpoint in outputs/train/{name}; allowed after duo-run train/{name}")
+    if params["judge"] and not Path(params["judge"]).is_dir() and not _on_hub(params["judge"]):
+        out.append(f"judge: given {params['judge']}; allowed: a folder that exists, a name on the hub, or null")
+    return out + ([] if params["models"] else ["models: given []; allowed: at least one name of a training"])
+
+
 def check_bench(params):
     """A GPU where there is none, and a network whose sizes do not fit together."""
     import torch
@@ -638,7 +650,7 @@ def check_bench(params):
 
 
 CHECKS = {"train": check_train, "sample": check_sample, "likelihood": check_likelihood, "zero_shot": check_likelihood, "puzzles": check_puzzles, "solve": check_solve,
-          "distil": check_distil, "prepare": check_data, "harness": check_harness, "fid": check_fid, "bench": check_bench}
+          "distil": check_distil, "prepare": check_data, "harness": check_harness, "methods": check_methods, "fid": check_fid, "bench": check_bench}
 
 # %% ../nbs/14_parameters.ipynb #e1630eff
 def launcher():
