@@ -706,23 +706,25 @@ class Conditional(Blocks):
 
 def conditional(lines, tokenizer, length):
     """`Conditional` blocks of `length` tokens, one for each line, a dict of texts: `text`, and `prompt`, given before it, or `known`, as many tokens as the text and given where
-    they are the same. The tokenizer's eos fills up. Raises ValueError, naming the line, where these are too long, too short without an eos, or all given."""
-    key, eos = "prompt" if lines and "prompt" in lines[0] else "known", tokenizer.eos_id
-    columns = [[line.get(name) for line in lines] for name in (key, "text")]
-    for name, column in zip((key, "text"), columns):
-        if (bad := next((i for i, text in enumerate(column) if not isinstance(text, str)), None)) is not None:
+    they are the same, or both. The tokenizer's eos fills up. Raises ValueError, naming the line, where these are too long, too short without an eos, or all given."""
+    eos, columns = tokenizer.eos_id, {}
+    for name in ("text", *(name for name in ("prompt", "known") if lines and name in lines[0])):
+        if (bad := next((i for i, line in enumerate(lines) if not isinstance(line.get(name), str)), None)) is not None:
             raise ValueError(f"line {bad + 1} has no text in the field {name!r}")
+        columns[name] = tokenizer.encode_batch([line[name] for line in lines])
     tokens = np.full((len(lines), length), 0 if eos is None else eos, _compact(tokenizer.vocab_size))
     fixed = np.zeros((len(lines), length), bool)
-    for i, (head, tail) in enumerate(zip(*map(tokenizer.encode_batch, columns))):
-        if key == "known" and len(head) != len(tail):
-            raise ValueError(f"line {i + 1} has {len(head)} tokens in known and {len(tail)} in text; allowed: as many")
-        row = np.concatenate([head, tail]).astype(np.int64) if key == "prompt" else np.asarray(tail)
-        if len(row) > length or len(row) < length and eos is None:
-            raise ValueError(f"line {i + 1} has {len(row)} tokens; allowed: {'length' if eos is None else 'up to length'}={length}"
+    for i, text in enumerate(columns["text"]):
+        prompt, known = (columns[name][i] if name in columns else [] for name in ("prompt", "known"))
+        if "known" in columns and len(known) != len(text):
+            raise ValueError(f"line {i + 1} has {len(known)} tokens in known and {len(text)} in text; allowed: as many")
+        size = len(prompt) + len(text)
+        if size > length or size < length and eos is None:
+            raise ValueError(f"line {i + 1} has {size} tokens; allowed: {'length' if eos is None else 'up to length'}={length}"
                              + f", as tokenizer {tokenizer.name!r} has no symbol that ends a text" * (eos is None))
-        tokens[i, :len(row)] = row
-        fixed[i, :len(head)] = key == "prompt" or np.asarray(head) == row
+        tokens[i, :size] = [*prompt, *text]
+        fixed[i, :len(prompt)] = True
+        fixed[i, len(prompt):len(prompt) + len(known)] = [a == b for a, b in zip(known, text)]
         if fixed[i].all():
             raise ValueError(f"line {i + 1}: every token is given; allowed: some to learn")
     return Conditional(tokens, fixed, tokenizer)
