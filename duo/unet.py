@@ -60,7 +60,9 @@ class UNetConfig:
         if self.time_size % 2 or self.time_size < 4:
             raise ValueError(f"time_size must be even and at least 4, got {self.time_size}")
         if self.height % self._halved or self.width % self._halved:
-            raise ValueError(f"height and width must be multiples of {self._halved}, which {len(self.ch_mult)} levels halve away; got {self.height}×{self.width}")
+            raise ValueError(
+                f"height and width must be multiples of {self._halved}, which {len(self.ch_mult)} levels halve away; got {self.height}×{self.width}"
+            )
         if self.ch % 4 or any(n % min(n // 4, 32) for n in self._widths):
             raise ValueError(f"ch must be a multiple of 4, and of 128 where it exceeds that, since group norms divide the channels; got {self.ch}")
 
@@ -228,7 +230,8 @@ def _log_difference(a, b):
 class UNet(nn.Module):
     """The U-Net of paper II's images: x, σ (B,) and labels (B,) → logits (B, L, K) with L = C·H·W, never narrower than float32.
 
-    x is (B, L) values, (B, L, K) weights or (indices, weights), as in `pixels`. labels are 0 to num_classes, the last (and None) meaning no class; they are
+    x is (B, L) values, (B, L, K) weights or (indices, weights), as in `pixels`. labels are 0 to num_classes, the last (and None) meaning no class;
+    they are
     dropped at random in training. Raises ValueError where shapes, values or labels do not fit."""
 
     def __init__(self, config):
@@ -311,7 +314,8 @@ class UNet(nn.Module):
 
 # %% ../nbs/06_unet.ipynb #2bef1293
 def unet_nelbo(net, process, x, sigma, x0, xt, alpha, alpha_dot, labels=None, chunk=None):
-    """`likelihood.nelbo`, (B, L) in nats, of a `UNet` that reads x (hard or soft), σ (B,) and labels (B,) or None; x0, xt (B, L); alpha, alpha_dot (B, 1).
+    """`likelihood.nelbo`, (B, L) in nats, of a `UNet` that reads x (hard or soft), σ (B,) and labels (B,) or None; x0, xt (B, L); alpha, alpha_dot
+    (B, 1).
 
     `chunk` images have logits at a time (default: 4 MB of them on a CPU, 512 MB elsewhere). Under Absorbing the mask's logit counts as −∞."""
     def piece(pixels, h, x0, xt, alpha, alpha_dot):
