@@ -377,8 +377,8 @@ def check_conditional(params):
             continue
         if params.get("streaming"):
             out.append("streaming: given true for conditional data; allowed: false")
-        if params["method"] == "ar" and "prompt" not in line:
-            out.append(f"method: given ar for {params['data']}, where gaps are filled in; allowed: other methods, or data with a prompt before the text")
+        if params["method"] == "ar" and "known" in line:
+            out.append(f"method: given ar for {params['data']}, where gaps are filled in; allowed: other methods, or data with prompts alone")
         if _bundled(params["tokenizer"]):
             try:
                 conditional([line], tokenizer(params["tokenizer"]), params["length"])
@@ -610,10 +610,10 @@ def check_harness(params):
 
 
 def check_distil(params):
-    """Those of `check_checkpoint`, a window of α that is none, and a checkpoint of a method that `distillation.distillable` does not name."""
+    """Those of `check_likelihood`, a window of α that is none, and a checkpoint of a method that `distillation.distillable` does not name."""
     from duo.distillation import distillable
 
-    out, path = check_checkpoint(params) + check_window(params), Path(params["checkpoint"], "config.json")
+    out, path = check_likelihood(params) + check_window(params), Path(params["checkpoint"], "config.json")
     config = json.loads(path.read_text(encoding="utf-8")) if not out and path.is_file() else {"method": "duo"}
     if (method := config["method"]) not in (allowed := distillable()):
         out.append(f"checkpoint: given {params['checkpoint']}, a model of method {method}; allowed: {', '.join(allowed)}")
