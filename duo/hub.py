@@ -52,7 +52,7 @@ class _Causal:
 
 @dataclasses.dataclass(eq=False)
 class _Scores:
-    """A score network as a denoiser of log s_j; what it says is scaled as in training."""
+    """A score network as a denoiser of log s_j; what it says is scaled as in training. The scale of a row travels as one more column of its hidden states."""
     net: DiT
     process: object
 
@@ -60,8 +60,15 @@ class _Scores:
     def config(self):
         return self.net.config
 
+    def hidden(self, x, sigma):
+        h, scale = self.net.hidden(x, sigma), score_scale(self.process, (-sigma.double()).exp())[:, None, None]
+        return torch.cat([h, scale.expand(*h.shape[:2], 1).float()], -1)
+
+    def head(self, h):
+        return self.net.head(h[..., :-1]).float() - h[..., -1:]
+
     def __call__(self, x, sigma):
-        return self.net(x, sigma).double() - score_scale(self.process, (-sigma.double()).exp())[:, None, None]
+        return self.head(self.hidden(x, sigma))
 
 
 @dataclasses.dataclass(eq=False)
