@@ -67,8 +67,9 @@ def sdtt_loss(student, teacher, process, zt, alphas, fall, symbol, divergence="r
     at, clean = zt == process.mask_id, torch.arange(process.vocab_size, device=zt.device) != process.mask_id
     with torch.autocast(zt.device.type, enabled=False):
         there, _ = walk(teacher, process, zt, alphas, fall, symbol)
+    here = student.hidden(zt, -alphas[0].log())
     heads = [(net.head.weight[clean], net.head.bias[clean]) for net in (student, teacher)]  # the mask is never a clean token
-    nats = linear_kl(student.hidden(zt, -alphas[0].log())[at], *heads[0], there[at], *heads[1], divergence)
+    nats = linear_kl(here[at], *heads[0], there[at], *heads[1], divergence)
     return torch.zeros(zt.shape, dtype=nats.dtype, device=zt.device).masked_scatter(at, nats)
 
 # %% ../nbs/10_distillation.ipynb #e4997a75
