@@ -102,8 +102,8 @@ class Distillation(Training):
 
     def on_train_batch_start(self, batch, i):
         """A new round begins: the student becomes the teacher."""
-        _, step, first, *_ = batch
-        if step % self.steps_per_round == 0 and first == 0:
+        x0, step, first, *_ = batch
+        if step % self.steps_per_round == 0 and first == self.global_rank * len(x0):  # the first rows that this rank sees of the step
             self.teacher.load_state_dict((self.ema if self.teacher_of == "ema" else self.net).state_dict())
 
     def nats(self, net, x0, generator=None, step=None, first=0, batch_size=None, labels=None, fixed=None, weights=None):
