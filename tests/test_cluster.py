@@ -44,6 +44,20 @@ def train(folder, strategy="auto", kind=Batches):
     return module
 
 
+def distil(folder):
+    """Three rounds of four steps of a small uniform model."""
+    from duo.dit import DiT
+    from duo.distillation import Distillation
+    from duo.training import fit
+
+    torch.manual_seed(0)
+    net = DiT(DiTConfig(81, 32, 2, 2, 16))
+    torch.nn.init.normal_(net.head.weight, std=0.5)
+    text = pack(documents("austen"), tokenizer("char"), 32)
+    module = Distillation(net, vocab_size=81, schedule=LogLinear(), batch_size=8, max_steps=12, lr=1e-3, warmup_steps=3, ema=0.9, seed=3, steps_per_round=4, delta=1 / 8)
+    fit(module, Batches(text, 8, seed=3), text[:21], folder, max_steps=12, device_batch_size=4, valid_every=4, checkpoint_every=3)
+
+
 def curve(folder):
     """(rows, 3): step, training and validation nats."""
     with open(Path(folder, "curve.csv")) as file:
@@ -70,10 +84,11 @@ def launch(code):
 
 def test_one_and_two_processes_ddp_and_fsdp(tmp_path, capsys):
     torch.set_num_threads(1)
-    folder = {name: tmp_path / name for name in ("one", "ddp", "fsdp", "killed", "again")}
+    folder = {name: tmp_path / name for name in ("one", "ddp", "fsdp", "killed", "again", "distil1", "distil2")}
     code = f"""
 from duo import training
 train({str(folder['ddp'])!r}, "ddp")
+distil({str(folder['distil2'])!r})
 shares, configure = [], training.Training.configure_model
 def look(self):
     configure(self)
@@ -89,6 +104,7 @@ train({str(folder['killed'])!r}, "ddp", Deadly)"""
     shutil.copytree(folder["killed"], folder["again"])
     train(folder["one"])
     train(folder["killed"])
+    distil(folder["distil1"])
     done = launch(f"train({str(folder['again'])!r}, 'fsdp')")
     assert done.returncode == 0, done.stderr[-3000:]
     curves = {name: curve(path) for name, path in folder.items()}
@@ -96,7 +112,9 @@ train({str(folder['killed'])!r}, "ddp", Deadly)"""
         print(f"\nlargest difference of a loss, and of a weight: 2 processes (ddp) and 1 {apart(curves['ddp'], curves['one']):.1e} {weights_apart(folder['ddp'], folder['one']):.1e}; "
               f"fsdp and ddp {apart(curves['fsdp'], curves['ddp']):.1e} {weights_apart(folder['fsdp'], folder['ddp']):.1e}; "
               f"2, killed, then 1 {apart(curves['killed'], curves['one']):.1e} {weights_apart(folder['killed'], folder['one']):.1e}; "
-              f"2, killed, then 2 (fsdp) {apart(curves['again'], curves['one']):.1e} {weights_apart(folder['again'], folder['one']):.1e}")
+              f"2, killed, then 2 (fsdp) {apart(curves['again'], curves['one']):.1e} {weights_apart(folder['again'], folder['one']):.1e}; "
+              f"distillation, 2 and 1 {apart(curves['distil2'], curves['distil1']):.1e} {weights_apart(folder['distil2'], folder['distil1']):.1e}")
+    assert apart(curves["distil2"], curves["distil1"]) < 1e-5 and weights_apart(folder["distil2"], folder["distil1"]) < 1e-4
     for name in ("ddp", "fsdp", "killed", "again"):
         assert apart(curves[name], curves["one"]) < 1e-5 and weights_apart(folder[name], folder["one"]) < 1e-4
 
