@@ -323,7 +323,7 @@ def _manager():
             """How the kernel is started: quietly, with the terminal's width for its progress bars."""
             argv = [sys.executable, "-Xfrozen_modules=off", "-c", _KERNEL, "-f", "{connection_file}", "--log-level=50"]
             columns = str(min(120, shutil.get_terminal_size((100, 24)).columns))
-            quiet = [w for w in (os.environ.get("PYTHONWARNINGS"), "ignore:IProgress not found") if w]
+            quiet = [w for w in (os.environ.get("PYTHONWARNINGS"), "ignore:IProgress not found", "ignore:To exit") if w]
             return KernelSpec(argv=argv, display_name="python3", language="python", env={
                 "PYDEVD_DISABLE_FILE_VALIDATION": "1", "COLUMNS": columns, "PYTHONWARNINGS": ",".join(quiet)})
 
