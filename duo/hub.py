@@ -197,7 +197,7 @@ class Model(ModelHubMixin):
 
     def bound(self, x0, xt, alpha, alpha_dot, labels=None) -> torch.Tensor:
         """(B, L) nats of the bound's integrand for clean x0 and noisy xt, (B, L) each, at α (B, 1) with the derivative α′ (B, 1)."""
-        sigma = -alpha[:, 0].log()
+        sigma = -alpha[:, 0].clamp(min=1e-3 if self.T else 0).log()  # the last of T steps may begin at α = 0, training ended at 0.001
         if hasattr(self.net, "head"):
             loss = linear_score_nelbo if METHODS[self.method].objective == "score" else linear_nelbo
             return loss(
