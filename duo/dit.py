@@ -18,7 +18,8 @@ from torch import nn
 @dataclass(frozen=True)
 class DiTConfig:
     """The shape of a `DiT`. `cond_dim` is the width of the noise-level embedding. Without `time_conditioning` the network is always told
-    σ = 0; a `causal` one (autoregressive) has no noise level at all. Raises ValueError for sizes that do not fit together."""
+    σ = 0; with `token_sigma` it may be told a σ for each token, 0 for those that are given; a `causal` one (autoregressive) has no noise level at
+    all. Raises ValueError for sizes that do not fit together."""
     vocab_size: int
     hidden_size: int = 768
     n_blocks: int = 12
@@ -27,6 +28,7 @@ class DiTConfig:
     dropout: float = 0.1
     causal: bool = False
     time_conditioning: bool = True
+    token_sigma: bool = False
 
     def __post_init__(self):
         for name in ("vocab_size", "hidden_size", "n_blocks", "n_heads", "cond_dim"):
@@ -261,11 +263,13 @@ class DiT(nn.Module):
         return cache.length
 
     def _condition(self, x, sigma):
-        """SiLU of the embedded noise level, (B, 1, cond_dim), or (1, 1, cond_dim) where it is the same for all; None if causal."""
+        """SiLU of the embedded noise level, (B, 1, cond_dim), (1, 1, cond_dim) where it is the same for all, (B, L, cond_dim) where tokens differ; None if causal."""
         if self.config.causal:
             return None
         if not self.config.time_conditioning:
             sigma = torch.zeros(1, device=x.device)
+        elif self.config.token_sigma and sigma is not None and sigma.shape == x.shape[:2]:
+            return F.silu(self.sigma_map(sigma.reshape(-1))).view(*sigma.shape, -1)
         elif sigma is None or sigma.shape != x.shape[:1]:
             raise ValueError(f"sigma must be ({len(x)},), one noise level a sequence, got {None if sigma is None else tuple(sigma.shape)}")
         return F.silu(self.sigma_map(sigma))[:, None]

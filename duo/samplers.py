@@ -634,8 +634,10 @@ def sample(
     x = torch.where(fixed, tokens, process.sample_prior(shape, generator=generator, device=device))
     read, memory, convert = _Reader(body, sampler.cache), None, scores and not isinstance(sampler, Analytic)
     psi = x.new_full(shape, math.inf, dtype=torch.float64) if isinstance(sampler.kappa, Conf) else None
+    told = prompt is not None and getattr(getattr(denoiser, "config", None), "token_sigma", False)
     for step in walk:
         sigma = torch.full((shape[0],), -math.log(step.alpha_t) if step.alpha_t > 0 else math.inf, device=device)
+        sigma = torch.where(fixed, 0.0, sigma[:, None]) if told else sigma
         where = _alive(process, x, free, step, generator)
         if read(x, sigma, where.any(1) if sampler.cache or stop is not None else None) and callback is not None:
             callback(step, x, head(read.answer))

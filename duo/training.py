@@ -82,13 +82,15 @@ def bound(net, process, schedule, x0, generator=None, curriculum=None, first=0, 
     t = low_discrepancy(n, generator=generator, device=x0.device)
     x, xt, alpha, alpha_dot, sigma = corrupted(process, schedule, whole(x0, first, n), t, generator, curriculum)
     x, xt = tuple(part[rows] for part in x) if isinstance(x, tuple) else x[rows], xt[rows]
+    sigma = sigma[rows]
     if fixed is not None:
         x, xt = given(x, x0, fixed), torch.where(fixed, x0, xt)
+        sigma = torch.where(fixed, 0.0, sigma[:, None]) if getattr(net.config, "token_sigma", False) else sigma
     if low_variance:
         alpha_dot = alpha - 1
     if isinstance(net, UNet):
-        return unet_nelbo(net, process, x, sigma[rows], x0, xt, alpha[rows], alpha_dot[rows], labels)
-    hidden = net.hidden(x, sigma[rows])
+        return unet_nelbo(net, process, x, sigma, x0, xt, alpha[rows], alpha_dot[rows], labels)
+    hidden = net.hidden(x, sigma)
     nats = loss(process, hidden, net.head.weight, clean_bias(process, net.head.bias), x0, xt, alpha[rows], alpha_dot[rows], weights=weights)
     return nats if weights is None else nats * weights
 
