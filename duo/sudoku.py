@@ -232,8 +232,8 @@ LAYOUTS = ("infill", "prompt")
 
 def line_of(puzzle, solution, layout):
     """The line of a data set, a dict, that asks for the solution of a puzzle in a layout of `LAYOUTS`."""
-    known = {"known": encode(puzzle)} if layout == "infill" else {}
-    return {"prompt": encode(puzzle) + "=", **known, "text": encode(solution)}
+    condition = {"known": encode(puzzle)} if layout == "infill" else {"prompt": encode(puzzle) + "="}
+    return {**condition, "text": encode(solution)}
 
 
 def tokenizer_of(boxes):

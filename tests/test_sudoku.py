@@ -39,6 +39,7 @@ def test_from_puzzles_to_a_share(folder, method, layout, more):
     assert status == 0, errors
     status, errors = command(f"solve/sudoku6_{method}", f"checkpoint={out}/checkpoints", *(["steps=1,3"] if method == "duo" else []), *where, str(out / "solve"))
     assert status == 0, errors
+    assert json.loads((out / "checkpoints/config.json").read_text())["token_sigma"] == (method == "duo")
     rows = json.loads((out / "solve/metrics.json").read_text())["rows"]
     assert [(r["level"], r["calls"]) for r in rows] == [(level, calls) for calls in ((1, 3) if method == "duo" else (36,)) for level in ("easy", "medium", "hard")]
     assert all(0 <= r["low"] <= r["solved"] <= r["high"] <= 1 and r["n"] == 3 for r in rows)
@@ -58,11 +59,13 @@ def test_clamped_tokens_survive_every_call(folder):
     from duo.dit import DiT, DiTConfig
     from duo.likelihood import METHODS, network_vocab
     for method in ("duo", "mdlm"):
-        net = DiT(DiTConfig(network_vocab(method, tok.vocab_size), 32, 1, 2, 16))
+        net = DiT(DiTConfig(network_vocab(method, tok.vocab_size), 32, 1, 2, 16, token_sigma=True))
         model = hub.Model(net, method, METHODS[method].schedule, tok, 36)
-        seen = []
+        seen, levels, hidden = [], [], net.hidden
+        net.hidden = lambda x, sigma: levels.append(sigma) or hidden(x, sigma)
         x = model.sample_tokens(len(tokens), steps=4, prompt=(tokens, fixed), seed=0, callback=lambda step, xt, logits: seen.append(xt))
         assert seen and all(torch.equal(xt[fixed], tokens[fixed]) for xt in [*seen, x])
+        assert len(levels) == 4 and all(((sigma == 0) == fixed).all() for sigma in levels)  # the network is told which tokens are given
 
 
 def test_a_grader_that_knows_nothing_of_the_solution():
