@@ -251,7 +251,7 @@ def _head_pass(settings, hidden, weight, bias, weights, need):
             loss[at] = value.to(wide)
             if any(need): logits[i], factor[at] = g.to(dtype), f.to(wide)
         f = factor[a:a + chunk]
-        if need[0]: g_h[a:a + chunk] = (logits @ w) * f[:, None]
+        if need[0]: g_h[a:a + chunk] = sum(logits[:, i:i + 4096] @ w[i:i + 4096] for i in range(0, len(w), 4096)) * f[:, None]  # some BLAS round in long sums
         if any(need[1:]): f = f * weights[a:a + chunk]
         if need[1]: _add_product(g_w, logits, (h * f[:, None]).to(dtype))
         if need[2]: g_b += torch.mv(logits.t(), f.to(dtype))
