@@ -61,19 +61,23 @@ def targets(root):
 
 
 def find_target(target, root):
-    """(notebook, YAML file) of "verb/name"; raises `RunError` with the names that exist, the close ones first."""
+    """(notebook, YAML file) of "verb/name"; raises `RunError` with the names of that verb if they are few, else those that are close."""
     target = target.removeprefix("parameters/").removesuffix(".yaml").strip("/")
     known = targets(root)
     if target in known:
         verb, name = target.split("/")
         return root / "nbs/run" / f"{verb}.ipynb", root / "parameters" / verb / f"{name}.yaml"
     verbs = sorted(p.stem for p in (root / "nbs/run").glob("*.ipynb"))
-    verb = target.split("/")[0]
-    same = [t for t in known if t.startswith(f"{verb}/")] if verb in verbs else []
-    close = list(dict.fromkeys(difflib.get_close_matches(target, known, 3, 0.6) + same))
-    listed = ", ".join(close if same else close + [t for t in known if t not in close]) or "nothing yet"
-    raise RunError(f"{target}: no such run; there is {listed}" if verb in verbs or not verbs
-                   else f"{target}: no nbs/run/{verb}.ipynb; the verbs are {', '.join(verbs)}; there is {listed}")
+    verb = target.partition("/")[0]
+    same = [t for t in known if t.startswith(f"{verb}/")]
+    close = same if 0 < len(same) < 6 else difflib.get_close_matches(target, same or known, 5, 0.75)
+    shown = [f"there is {', '.join(close)}"] if close else []
+    if len(close) < len(same or known):
+        shown.append(f"duo-run --list {f'{verb}/ ' if same else ''}shows all {len(same or known)}")
+    what = "no such run" if verb in verbs or not verbs else f"no nbs/run/{verb}.ipynb; the verbs are {', '.join(verbs)}"
+    raise RunError("; ".join([f"{target}: {what}", *shown]))
+
+
 
 # %% ../nbs/14_parameters.ipynb #6e6c8a54
 _UNFIT = object()
@@ -783,9 +787,10 @@ def _first_line(path):
     return line.lstrip("# ").strip() if line.startswith("#") else ""
 
 
-def listing(root):
-    """Everything that can be run, with the first line of each parameter file, as a table."""
-    return table([{"": target, " ": _first_line(root / "parameters" / f"{target}.yaml")} for target in targets(root)]).strip()
+def listing(root, words=()):
+    """Everything that can be run, or what has all of the words in its name, with the first line of each parameter file, as a table."""
+    named = [target for target in targets(root) if all(word in target for word in words)]
+    return table([{"": target, " ": _first_line(root / "parameters" / f"{target}.yaml")} for target in named]).strip()
 
 
 def describe(target, root):

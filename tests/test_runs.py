@@ -125,8 +125,10 @@ def test_a_wrong_file_is_refused_in_one_line(root, capsys, old, new, line):
 
 COMMANDS = [
     (["toy/frist"], "toy/frist: no such run; there is toy/first"),
-    (["tyo/first"], "tyo/first: no nbs/run/tyo.ipynb; the verbs are nested, toy; there is toy/first, nested/first"),
+    (["tyo/first"], "tyo/first: no nbs/run/tyo.ipynb; the verbs are nested, toy; there is toy/first; duo-run --list shows all 2"),
     (["toy"], "toy: no such run; there is toy/first"),
+    (["collect"], "collect: no run in nothing; allowed: folders of runs, as in duo-run collect 'train/*'"),
+    (["collect", "toy/*"], "collect: no run in toy/*; allowed: folders of runs, as in duo-run collect 'train/*'"),
     (["toy/first", "lr=high"], "command line: lr: given high; allowed: float"),
     (["toy/first", "steps=1.5"], "command line: steps: given 1.5; allowed: int"),
     (["toy/first", "steps=1,0"], "command line: steps: given 0; allowed: at least 1"),
@@ -180,6 +182,9 @@ def test_a_wrong_parameters_cell_is_refused(root, capsys, cells, words):
 def test_help_and_list(root, capsys):
     assert runs.main(["--list"]) == runs.main(["toy/first", "--help"]) == runs.main(["--help"]) == 0
     out = capsys.readouterr().out
+    assert runs.main(["--list", "nes"]) == runs.main(["collect", "--help"]) == 0
+    listed, _, help = capsys.readouterr().out.partition("\n")
+    assert listed == "nested/first  One in another" and help.startswith("duo-run collect FOLDER")
     assert "toy/first     The first" in out and "steps, at least 1" in out and 'Literal["good", "bad", "dead", "slow"]' in out
 
 
@@ -243,6 +248,13 @@ def test_checkpoints_are_kept_for_the_same_parameters_alone(root, capsys):
     assert {p: p.read_text() for p in folder.rglob("*.*")} == before
     with pytest.raises(runs.RunError, match="holds checkpoints"):
         runs.run("toy/first", flag=True, lr=0.2)
+    notebook(root / "nbs/run/toy.ipynb", TOY + "extra: int | None = None  # came later\n", WORK)
+    (root / "parameters/toy/first.yaml").write_text(FIRST + "extra: null\n")
+    assert runs.main(["toy/first", "flag=true"]) == 0 and runs.Run(folder).metrics()["resumed"] == 1 and "extra" in runs.Run(folder).parameters
+    (folder / "parameters.yaml").write_text((folder / "parameters.yaml").read_text().replace("extra: null\n", ""))
+    capsys.readouterr()
+    assert refused(capsys, "toy/first", "flag=true", "extra=3") == [
+        "outputs/toy/first: holds checkpoints of other parameters: extra (not given there, 3 now); --restart discards them, --output DIR keeps both"]
     (folder / "notes.txt").write_text("mine")
     assert runs.main(["toy/first", "flag=true", "lr=0.2", "--restart"]) == 0 and runs.Run(folder).metrics()["resumed"] == 0
     assert (folder / "notes.txt").exists() and not (folder / "curve.csv").exists()
