@@ -10,6 +10,7 @@ __all__ = ['METHODS', 'nelbo', 'linear_nelbo', 'clean_bias', 'ar_nll', 'linear_a
 # %% ../nbs/04_likelihood.ipynb #88cd8b00
 import functools
 import math
+import warnings
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -94,23 +95,28 @@ class _ScoreRows:
         apart = slot[:, :, None] != slot[:, None, :]
         return S, q, S[:, None] + (apart * (q * once)[:, None, :]).sum(-1), total
 
-    def __call__(self, table, i, grad):
-        "Loss (n,) of the rows `i`; with `grad` also the gradient as a table (n, K) times a factor (n,)."
+    def _sweep(self, table, i):
+        "S, x_θ and 1 − x_θ at the slots, Σψ(y), Σ y·h, Σ h, and the function of three (n,) that makes the table a·yh + b·h + d·y, 0 at the slots."
         y, h, v, work = _space(self, table, *[table.dtype] * 3, torch.float64)
         S, q, not_q, total = self._probabilities(table, i, y)
-        o, same, once, c_z = self.odds[i], self.same[i], self.once[i], self.c_z[i]
-        c, y_z = o / self.pi, c_z * q[:, 1]
-        y.mul_((c / total).to(y.dtype)[:, None])
+        y.mul_((self.odds[i] / self.pi / total).to(y.dtype)[:, None])
         psi = _psi_sum(y, work)
         torch.div(y, torch.add(y, 1, out=h), out=h)
         yh = torch.mul(y, h, out=v).sum(-1).double()
-        t = SimpleNamespace(o=o, c=c, c_z=c_z, same=same, once=once, S=S, q=q, not_q=not_q, y_z=y_z, yh=yh,
+        return S, q, not_q, psi, yh, h.sum(-1).double(), lambda a, b, d: v.mul_(a).addcmul_(h, b).addcmul_(y, d)
+
+    def __call__(self, table, i, grad):
+        "Loss (n,) of the rows `i`; with `grad` also the gradient as a table (n, K) times a factor (n,)."
+        S, q, not_q, psi, yh, h, fill = self._sweep(table, i)
+        o, same, once, c_z = self.odds[i], self.same[i], self.once[i], self.c_z[i]
+        c = o / self.pi
+        t = SimpleNamespace(o=o, c=c, c_z=c_z, same=same, once=once, S=S, q=q, not_q=not_q, y_z=c_z * q[:, 1], yh=yh, h=h,
                             n=(self.K - once.sum(-1)).double(), psi=torch.where(c < 1e-5, yh / 2, psi),
                             r=torch.where(same, 1 / (1 + c_z), torch.ones_like(o)))
         loss = (self._loss(t) * self.rate[i]).clamp(min=0)
         if not grad: return loss, None, None
-        by_h, by_y, at_slots = self._gradient(t, h)
-        v.mul_(1 + by_h.to(v.dtype)[:, None]).addcmul_(h, by_h.to(v.dtype)[:, None]).addcmul_(y, by_y.to(v.dtype)[:, None])
+        by_h, by_y, at_slots = self._gradient(t)
+        v = fill(*(k.to(table.dtype)[:, None] for k in (1 + by_h, by_h, by_y)))
         v.scatter_add_(1, self.slot[i], at_slots.to(v.dtype))
         if self.logits:
             top = _top(table)
@@ -125,7 +131,7 @@ class _ScoreRows:
         if self.masked: loss = loss + self.pi_m * t.r * _phi(torch.log1p(t.o / self.pi_m * t.q[:, 2]) + D) * t.once[:, 2]
         return loss
 
-    def _gradient(self, t, h):
+    def _gradient(self, t):
         "Coefficients of the gradient, in units of pi·r: −1 for the form −h + (1 + k)·y, 0 for h·y + k·y; its coefficient of y; the slots."
         (p_x, p_z), pi, o, r, differ = t.q[:, :2].unbind(1), self.pi, t.o, t.r, ~t.same
         h_z, stay = t.y_z / (1 + t.y_z), 1 / (1 + t.y_z)
@@ -141,10 +147,76 @@ class _ScoreRows:
         d, Q, far = torch.stack(d, 1), torch.zeros_like(o), stay / r
         if self.logits:
             Q = o * t.S * e + pi * r * t.yh + d.sum(-1)
-            far = far * (t.q * t.once).sum(-1) + h.sum(-1).double() / t.c - d.sum(-1) / (o * r)
+            far = far * (t.q * t.once).sum(-1) + t.h / t.c - d.sum(-1) / (o * r)
         near = (e - Q / o) / r
         nearer = near.abs() < far.abs()
         return nearer.double() - 1, torch.where(nearer, near, far), (d - t.once * t.q * Q[:, None]) / (pi * r)[:, None]
+
+# %% ../nbs/04_likelihood.ipynb #3f854fdd
+def _psi(y):
+    "y − log(1 + y) to 1e-6 relative in float32."
+    s = y / (2 + y)
+    q = s * s
+    series = y * s - 2 * s * q * (1 / 3 + q * (1 / 5 + q * (1 / 7 + q * (1 / 9 + q * (1 / 11 + q / 13)))))
+    return torch.where(y < 1, series, y - torch.log1p(y))
+
+
+def _levels(table, top, scale, slot):
+    "y (n, K): scale·exp(table − top), 0 at the slots."
+    columns, taken = torch.arange(table.shape[1], device=table.device), torch.zeros_like(table, dtype=torch.bool)
+    for k in range(slot.shape[1]): taken = taken | (columns == slot[:, k, None])
+    return torch.where(taken, 0, torch.exp(table - top[:, None]) * scale[:, None])
+
+
+def _others(table, top, slot):
+    "Σ exp(table − top) over all columns but the slots."
+    return _levels(table, top, torch.ones_like(top), slot).sum(-1)
+
+
+def _sums(table, top, scale, slot):
+    "Σψ(y), Σ y·h and Σ h."
+    y = _levels(table, top, scale, slot)
+    h = y / (1 + y)
+    return _psi(y).sum(-1), (y * h).sum(-1), h.sum(-1)
+
+
+def _filled(table, top, scale, slot, a, b, d):
+    "The table a·y·h + b·h + d·y."
+    y = _levels(table, top, scale, slot)
+    h = y / (1 + y)
+    return a * (y * h) + b * h + d * y
+
+
+@functools.cache
+def _compiled(function):
+    "torch.compile of `function`; the function itself, with one warning, where that fails."
+    fast, broken = torch.compile(function, dynamic=True), []
+    def call(*args):
+        if broken: return function(*args)
+        try:
+            return fast(*args)
+        except Exception as e:
+            warnings.warn(f"{function.__name__} is not compiled: {str(e).strip().splitlines()[0]}")
+            broken.append(e)
+            return function(*args)
+    return call
+
+
+class _CompiledRows(_ScoreRows):
+    "`_ScoreRows` of logits in three compiled readings, for accelerators."
+
+    def _sweep(self, table, i):
+        "As `_ScoreRows._sweep`."
+        slot, once, top = self.slot[i], self.once[i], table.amax(-1)
+        q = torch.exp(table.gather(1, slot) - top[:, None]).double()
+        S = _compiled(_others)(table, top, slot).double()
+        total = S + (q * once).sum(-1)
+        scale = (self.odds[i] / self.pi / total).to(table.dtype)
+        apart = slot[:, :, None] != slot[:, None, :]
+        q, S = q / total[:, None], S / total
+        not_q = S[:, None] + (apart * (q * once)[:, None, :]).sum(-1)
+        sums = (v.double() for v in _compiled(_sums)(table, top, scale, slot))
+        return S, q, not_q, *sums, lambda *abd: _compiled(_filled)(table, top, scale, slot, *abd)
 
 # %% ../nbs/04_likelihood.ipynb #bcf5cad6
 def _entropy_rows(target, scale, skip=None):
@@ -333,7 +405,8 @@ def linear_nelbo(process, hidden, weight, bias, x0, xt, alpha, alpha_dot, chunk=
     a, a_dot, x, z, w = _per_token(alpha, x0), _per_token(alpha_dot, x0), x0.reshape(-1), xt.reshape(-1), _flat(weights, x0)
     flat = hidden.reshape(-1, hidden.shape[-1])
     if process.p_uniform > 0:
-        return _fused(_ScoreRows(process, x, z, a, a_dot, logits=True), flat, weight, bias, w, chunk).reshape(x0.shape)
+        rows = _CompiledRows if flat.is_cuda and flat.dtype != torch.float64 else _ScoreRows
+        return _fused(rows(process, x, z, a, a_dot, logits=True), flat, weight, bias, w, chunk).reshape(x0.shape)
     masked = (z == process.mask_id).nonzero().squeeze(1)
     rows = _entropy_rows(x[masked], (-a_dot / (1 - a).clamp(min=1e-30))[masked], process.mask_id if process.hides_mask else None)
     loss = _fused(rows, flat.index_select(0, masked), weight, bias, None if w is None else w[masked], chunk)
