@@ -33,7 +33,7 @@ from importlib import metadata
 from pathlib import Path
 
 import duo
-from .parameters import RunError, describe, find_root, launcher, listing, plan, read_parameters, relative, table
+from .parameters import RunError, describe, find_root, launcher, listing, needed, outputs, plan, read_parameters, relative, table
 
 # %% ../nbs/15_runs.ipynb #50003202
 def _plain(value):
@@ -666,7 +666,7 @@ def _folded(rows, width):
 
 def _collect(patterns, root, output=None):
     """Prints the table of the runs that match, and keeps it as runs.csv and their curves as figures/curves.png in the folder `output`."""
-    home = (root / os.environ.get("DUO_OUTPUTS", "outputs")).resolve()
+    home = outputs(root)
     folders = [f for p in patterns for f in sorted(glob.glob(str(home / p)) or glob.glob(str(Path(p).resolve()))) if Path(f).is_dir()]
     found = collected(folders, root)
     if not found:
@@ -698,13 +698,14 @@ def _curves(curves):
     return fig
 
 # %% ../nbs/15_runs.ipynb #de622647
-USAGE = """duo-run VERB/NAME [key=value ...] [--output DIR] [--restart] [--dry-run] [--slurm [option=value ...]]
+USAGE = """duo-run VERB/NAME [key=value ...] [--output DIR] [--restart] [--dry-run] [--smoke] [--slurm [option=value ...]]
   runs nbs/run/VERB.ipynb on parameters/VERB/NAME.yaml into outputs/VERB/NAME/
 
   key=value      another value for one parameter; key=a,b,c runs once for each value, into VERB/NAME/key=a/ and so on
   --output DIR   another folder for the results
   --restart      discards the results and checkpoints that are there; without it the same command goes on where it stopped
   --dry-run      says what would be run, or submitted, and starts nothing
+  --smoke        two steps at tiny sizes, after those of the runs that it needs, into outputs/smoke/: to see that it works
   --slurm        submits to SLURM, a sweep as an array; options of sbatch from parameters/slurm.yaml, or behind it: nodes=2 time=4:00:00
   --help         with VERB/NAME: its parameters; alone: this text
   --list [WORD]  what can be run, and has the word in its name
@@ -734,10 +735,10 @@ def _main(words):
     slurm = None if at is None else list(itertools.takewhile(lambda word: not word.startswith("-"), words[at + 1:]))
     words = words if at is None else words[:at] + words[at + 1 + len(slurm):]
     try:
-        options, plain = getopt.gnu_getopt(words, "h", ["output=", "restart", "dry-run", "list", "help"])
+        options, plain = getopt.gnu_getopt(words, "h", ["output=", "restart", "dry-run", "smoke", "list", "help"])
     except getopt.GetoptError as error:
         option = "-" * min(len(error.opt), 2) + error.opt
-        raise RunError(f"command line: {option}; allowed: --output DIR, --restart, --dry-run, --slurm, --list, --help") from None
+        raise RunError(f"command line: {option}; allowed: --output DIR, --restart, --dry-run, --smoke, --slurm, --list, --help") from None
     options = {"help" if name == "-h" else name[2:]: value for name, value in options}
     if "help" in options and not plain or not words:
         print(USAGE)
@@ -749,9 +750,23 @@ def _main(words):
     if plain[:1] == ["collect"]:
         return _collect(plain[1:], root, options.get("output"))
     target, *overrides = plain or [""]
+    if "smoke" in options:
+        if slurm is not None or len(options) > 1:
+            raise RunError("command line: --smoke with other options; allowed: --smoke alone, after VERB/NAME and key=value")
+        return _smoke(target, overrides, root)
     world = None if slurm is None else read_slurm(root, slurm)[1]
     jobs, restart = plan(target, overrides, options.get("output"), root, world), "restart" in options
     return _start(jobs, root, restart, "dry-run" in options, slurm)
+
+
+def _smoke(target, overrides, root):
+    """Runs what the target needs and then itself, all `shrunk`, into the folder smoke/ of the results; returns the exit status."""
+    before, runs = os.environ.get("DUO_OUTPUTS"), needed(target, root)
+    os.environ["DUO_OUTPUTS"] = str(outputs(root) / "smoke")
+    try:
+        return max(_start(plan(name, overrides if name == runs[-1] else (), root=root, smoke=True), root, True, False, None) for name in runs)
+    finally:
+        os.environ.pop("DUO_OUTPUTS") if before is None else os.environ.update(DUO_OUTPUTS=before)
 
 
 def _start(jobs, root, restart, dry, slurm):
