@@ -6,12 +6,15 @@
 __all__ = ['OWN_TASKS', 'noise_counts', 'windows', 'Harness', 'cloze', 'write_tasks', 'evaluate']
 
 # %% ../nbs/16_harness.ipynb #318f9715
+import contextlib
 import json
 import logging
 import math
+import os
 import random
 import re
 import zlib
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -331,17 +334,26 @@ def write_tasks(folder, seed=1):
     return folder
 
 
+@lru_cache(maxsize=1)
+def _all_tasks():
+    """The harness's own tasks, for a process; reading their many files takes seconds."""
+    from lm_eval.tasks import TaskManager
+    return TaskManager()
+
+
 def evaluate(harness, tasks, folder, limit=None, num_fewshot=None, bootstrap=1000):
-    """What `lm_eval.simple_evaluate` returns for tasks by name, `OWN_TASKS` or the harness's; `limit` documents of each. ValueError for a task that
-    does not exist or whose data cannot be had."""
+    """What `lm_eval.simple_evaluate` returns for tasks by name, `OWN_TASKS` or the harness's; `limit` documents of each. Their data comes from the
+    hub, or from copies in $DUO_DATA, by the names of their repositories. ValueError for a task that does not exist or whose data cannot be had."""
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
-    manager = TaskManager(include_path=str(write_tasks(folder)), include_defaults=not set(tasks) <= set(OWN_TASKS))
+    own = set(tasks) & set(OWN_TASKS)
+    manager = TaskManager(include_path=str(write_tasks(Path(folder).resolve())), include_defaults=set(tasks) > own) if own else _all_tasks()
     if unknown := [t for t in tasks if t not in manager.all_tasks]:
         raise ValueError(f"tasks: given {', '.join(unknown)}; allowed: {', '.join(OWN_TASKS)} and those of lm-evaluation-harness (lm_eval ls tasks)")
     try:
-        return simple_evaluate(
-            harness, tasks=list(tasks), task_manager=manager, limit=limit, num_fewshot=num_fewshot, bootstrap_iters=bootstrap, log_samples=True
-        )
+        with contextlib.chdir(os.environ.get("DUO_DATA") or "."):  # datasets takes a folder of that name in place of the hub
+            return simple_evaluate(
+                harness, tasks=list(tasks), task_manager=manager, limit=limit, num_fewshot=num_fewshot, bootstrap_iters=bootstrap, log_samples=True
+            )
     except (ConnectionError, OSError) as err:
         raise ValueError(f"tasks: the data of {', '.join(tasks)} could not be had ({type(err).__name__}: {str(err).splitlines()[0][:200]})") from None
