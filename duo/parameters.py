@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['RANGES', 'CHECKS', 'SMOKE', 'RunError', 'find_root', 'relative', 'targets', 'find_target', 'Parameter',
            'read_parameters', 'read_yaml', 'read_overrides', 'read_keywords', 'check_ranges', 'check_data',
-           'check_conditional', 'check_window', 'check_images', 'check_method', 'check_train', 'check_checkpoint',
-           'check_likelihood', 'check_sample', 'check_solve', 'check_puzzles', 'check_fid', 'check_harness',
-           'check_distil', 'check_methods', 'check_bench', 'launcher', 'processes', 'check_devices', 'check', 'shrunk',
-           'needed', 'Job', 'outputs', 'plan', 'table', 'listing', 'describe']
+           'check_conditional', 'check_window', 'check_images', 'check_method', 'check_start', 'check_train',
+           'check_checkpoint', 'check_likelihood', 'check_sample', 'check_solve', 'check_puzzles', 'check_fid',
+           'check_harness', 'check_distil', 'check_methods', 'check_bench', 'launcher', 'processes', 'check_devices',
+           'check', 'shrunk', 'needed', 'Job', 'outputs', 'plan', 'table', 'listing', 'describe']
 
 # %% ../nbs/14_parameters.ipynb #66f8238d
 import ast
@@ -460,13 +460,36 @@ def check_method(p):
     return out
 
 
+_SHAPE = {"dit": {key: key for key in ("hidden_size", "n_blocks", "n_heads", "cond_dim")},  # our key → the network's
+          "unet": {"hidden_size": "ch", "n_blocks": "num_res_blocks", "cond_dim": "time_size"} | {key: key for key in ("ch_mult", "attn_level", "head")}}
+
+
+def check_start(p):
+    """Those of `check_checkpoint` for the weights that a training begins with, and a network that these do not fit."""
+    from duo.likelihood import network_vocab
+
+    if p.get("start") is None:
+        return []
+    known = {"checkpoint": p["start"], "tokenizer": None if Path(p["tokenizer"]).is_dir() else p["tokenizer"]}
+    out, path = [problem.replace("checkpoint:", "start:", 1) for problem in check_checkpoint(known)], Path(p["start"], "config.json")
+    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"model_type": "not here"}
+    if out or "model_type" in config:  # of the hub's: whether it fits is found when it is there
+        return out
+    fits = lambda method: network_vocab(method, 4) == network_vocab(config["method"], 4) and (method == "ar") == (config["method"] == "ar")
+    if not fits(p["method"]):
+        out.append(f"method: given {p['method']} with a start of method {config['method']}, whose network is another")
+    if (kind := config.get("network", "dit")) != p["backbone"]:
+        return out + [f"backbone: given {p['backbone']}; allowed: that of start, {kind}"]
+    return out + [f"{ours}: given {p[ours]}; allowed: that of start, {config[its]}" for ours, its in _SHAPE[kind].items() if its in config and p[ours] != config[its]]
+
+
 def check_train(params):
     """Problems of a training's parameters taken together, as a list of "key: what is given; what is allowed"."""
     p, out = params, check_data(params) + check_window(params) + check_images(params)
     out += [] if out else check_conditional(params)
     if p["backbone"] == "dit" and p["n_heads"] > 0 and (p["hidden_size"] % p["n_heads"] or p["hidden_size"] // p["n_heads"] % 2):
         out.append(f"hidden_size: given {p['hidden_size']} for {p['n_heads']} heads; allowed: n_heads times an even number")
-    out += check_method(p)
+    out += check_method(p) + check_start(p)
     if p["curriculum"] != "none" and p["curriculum_steps"] > p["max_steps"]:
         out.append(f"curriculum_steps: given {p['curriculum_steps']}; allowed: up to max_steps, {p['max_steps']}")
     if p["curriculum"] == "top-k" and p["top_k"] is None:
@@ -517,7 +540,9 @@ def check_checkpoint(params):
         try:
             from duo.samplers import template
 
-            template(params["prompt"], tokenizer.encode, params.get("length") or length)
+            _, fixed = template(params["prompt"], tokenizer.encode, params.get("length") or length)
+            if config.get("method") == "ar" and (fixed[1:] & ~fixed[:-1]).any():
+                out.append(f"prompt: given {params['prompt']!r} with a checkpoint of method ar, which writes from left to right; allowed: text without gaps before its end")
         except ValueError as error:
             out.append(f"prompt: {str(error).removeprefix('prompt ')}")
     return out
