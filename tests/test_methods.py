@@ -50,5 +50,8 @@ def test_by_the_command(tmp_path):
     subprocess.run([*run, "--output", str(tmp_path)], cwd=ROOT, env=env, check=True, capture_output=True)
     assert json.loads((tmp_path / "metrics.json").read_text())["method"] == "d3pm"
     assert json.loads((tmp_path / "checkpoints" / "config.json").read_text())["T"] == 8
+    subprocess.run([*run, f"start={tmp_path / 'checkpoints'}", "lr=1e-12", "--output", str(tmp_path / "again")], cwd=ROOT, env=env, check=True, capture_output=True)
+    first, again = (json.loads((folder / "metrics.json").read_text())["valid_nll"] for folder in (tmp_path, tmp_path / "again"))
+    assert abs(first - again) < 1e-3, "a training begins where the weights of its start are"
     wrong = subprocess.run([*run, "method=sedd_absorb", "--output", str(tmp_path / "other")], cwd=ROOT, env=env, capture_output=True, text=True)
     assert wrong.returncode == 2 and len(wrong.stderr.splitlines()) == 1 and "T: given 8" in wrong.stderr and not (tmp_path / "other").exists()
