@@ -760,7 +760,7 @@ def shrunk(params):
         return min(value, most[key]) if key in most and type(value) in (int, float) else value
 
     out = {key: less(key, value) for key, value in params.items()}
-    instead = {"compile": False, "smoke": True} | ({} if _gpus() else {"device": "cpu"}) | ({} if importlib.util.find_spec("torch_fidelity") else {"metric": "fd_efficientnet_lite0"})
+    instead = {"compile": False, "compile_rows": False, "smoke": True} | ({} if _gpus() else {"device": "cpu"}) | ({} if importlib.util.find_spec("torch_fidelity") else {"metric": "fd_efficientnet_lite0"})
     return out | {key: value for key, value in instead.items() if key in out}
 
 
