@@ -25,11 +25,13 @@ ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
 class Deadly(Batches):
-    """The training order, in which the second process is killed when it asks for step 8."""
+    """The training order, in which the second process is killed when it asks for step 8; one that is alone fails."""
 
     def batch(self, step):
         if step == 8 and os.environ.get("RANK") == "1":
             os.kill(os.getpid(), signal.SIGKILL)
+        if step == 8 and "RANK" not in os.environ:
+            raise OSError("the disk is gone")
         return super().batch(step)
 
 
@@ -84,7 +86,7 @@ def launch(code):
 
 def test_one_and_two_processes_ddp_and_fsdp(tmp_path, capsys):
     torch.set_num_threads(1)
-    folder = {name: tmp_path / name for name in ("one", "ddp", "fsdp", "killed", "again", "distil1", "distil2")}
+    folder = {name: tmp_path / name for name in ("one", "ddp", "fsdp", "killed", "again", "failed", "distil1", "distil2")}
     code = f"""
 from duo import training
 train({str(folder['ddp'])!r}, "ddp")
@@ -97,25 +99,28 @@ training.Training.configure_model = look
 train({str(folder['fsdp'])!r}, "fsdp")
 assert 0.49 < shares[0] < 0.52, shares
 training.Training.configure_model = configure
-train({str(folder['killed'])!r}, "ddp", Deadly)"""
+train({str(folder['killed'])!r}, "fsdp", Deadly)"""
     done = launch(code)
     assert done.returncode and "Signal 9" in done.stderr and "Error" not in done.stdout, done.stderr[-3000:]
     assert torch.load(folder["killed"] / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 6
     shutil.copytree(folder["killed"], folder["again"])
+    with pytest.raises(OSError, match="the disk is gone"):
+        train(folder["failed"], kind=Deadly)
     train(folder["one"])
     train(folder["killed"])
     distil(folder["distil1"])
-    done = launch(f"train({str(folder['again'])!r}, 'fsdp')")
+    done = launch(f"train({str(folder['again'])!r}, 'ddp'); train({str(folder['failed'])!r}, 'fsdp')")
     assert done.returncode == 0, done.stderr[-3000:]
     curves = {name: curve(path) for name, path in folder.items()}
     with capsys.disabled():
         print(f"\nlargest difference of a loss, and of a weight: 2 processes (ddp) and 1 {apart(curves['ddp'], curves['one']):.1e} {weights_apart(folder['ddp'], folder['one']):.1e}; "
               f"fsdp and ddp {apart(curves['fsdp'], curves['ddp']):.1e} {weights_apart(folder['fsdp'], folder['ddp']):.1e}; "
-              f"2, killed, then 1 {apart(curves['killed'], curves['one']):.1e} {weights_apart(folder['killed'], folder['one']):.1e}; "
-              f"2, killed, then 2 (fsdp) {apart(curves['again'], curves['one']):.1e} {weights_apart(folder['again'], folder['one']):.1e}; "
+              f"2 (fsdp), one killed, then 1 {apart(curves['killed'], curves['one']):.1e} {weights_apart(folder['killed'], folder['one']):.1e}; "
+              f"2 (fsdp), one killed, then 2 (ddp) {apart(curves['again'], curves['one']):.1e} {weights_apart(folder['again'], folder['one']):.1e}; "
+              f"1, failed, then 2 (fsdp) {apart(curves['failed'], curves['one']):.1e} {weights_apart(folder['failed'], folder['one']):.1e}; "
               f"distillation, 2 and 1 {apart(curves['distil2'], curves['distil1']):.1e} {weights_apart(folder['distil2'], folder['distil1']):.1e}")
     assert apart(curves["distil2"], curves["distil1"]) < 1e-5 and weights_apart(folder["distil2"], folder["distil1"]) < 1e-4
-    for name in ("ddp", "fsdp", "killed", "again"):
+    for name in ("ddp", "fsdp", "killed", "again", "failed"):
         assert apart(curves[name], curves["one"]) < 1e-5 and weights_apart(folder[name], folder["one"]) < 1e-4
 
 
