@@ -668,7 +668,7 @@ def _collect(patterns, root, output=None):
     """Prints the table of the runs that match, and keeps it as runs.csv and their curves as figures/curves.png in the folder `output`."""
     home = outputs(root)
     folders = [f for p in patterns for f in sorted(glob.glob(str(home / p)) or glob.glob(str(Path(p).resolve()))) if Path(f).is_dir()]
-    found = collected(folders, root)
+    found = collected(folders, home)
     if not found:
         raise RunError(f"collect: no run in {' '.join(patterns) or 'nothing'}; allowed: folders of runs, as in duo-run collect 'train/*'")
     target = Run(Path(output).resolve() if output else home / "collect")
