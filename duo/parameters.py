@@ -573,6 +573,11 @@ def check_sample(params):
         how = make_sampler(**{k: params[k] for k in _SAMPLER_KEYS if k in params})
     except ValueError as error:
         return out + [f"sampler: {error}"]
+    config = Path(params.get("judge") or "", "config.json")
+    if params.get("mauve") and (not params["judge"] or config.is_file() and '"method"' in config.read_text(encoding="utf-8")):  # ours
+        out.append(f"mauve: given true with judge {params['judge']}; allowed: false, or a causal language model of transformers as judge")
+    if params.get("mauve") and importlib.util.find_spec("mauve") is None:
+        out.append("mauve: given true, but mauve-text is not installed; pip install 'duo-diffusion[eval]' brings it")
     if any(w != 1 for w in params.get("guidance", ())) and params["labels"] is None:
         out.append(f"guidance: given {params['guidance']} without labels; allowed: [1.0], or labels to be guided to")
     return out if out or not path.is_file() else _check_fit(params, how, json.loads(path.read_text(encoding="utf-8")))
