@@ -3,16 +3,16 @@
     python tests/smoke.py [--part I/N] [--write FILE] [VERB/NAME ...]     default: all of parameters/, in the order in which they need each other
 
 Papermill's own functions put the parameters into the notebook; its cells are then executed here, in a namespace of their own, where `duo-run VERB/NAME --smoke` starts a kernel
-for each. What the files take from the network comes from tests/mirror.py. A line for each file: seconds, and a number of its metrics.json.
+for each. What the files take from the network comes from tests/mirror.py. A line for each file: processor seconds, and a number of its metrics.json.
 """
 import contextlib
 import csv
 import io
 import os
+import resource
 import shutil
 import sys
 import tempfile
-import time
 import traceback
 from pathlib import Path
 
@@ -35,6 +35,11 @@ def shown(metrics):
     """The number of a run that its line shows, with its name; (None, None) where it has none."""
     found = [pair for pair in numbers(metrics) if not pair[0].endswith("_se")]
     return next((pair for word in KEYS for pair in found if word in pair[0]), found[0] if found else (None, None))
+
+
+def spent():
+    """Processor seconds of this process and of those that it has waited for."""
+    return sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
 
 
 def execute(job):
@@ -68,16 +73,16 @@ def smoke(targets, folder, show=print):
             rows.append({"run": target, "skipped": SKIPPED[target]})
             show(f"{target:34} skipped: {SKIPPED[target]}")
             continue
-        start, said = time.perf_counter(), io.StringIO()
+        start, said = spent(), io.StringIO()
         try:
             with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
                 job, = plan(target, root=ROOT, smoke=True)
                 metrics = execute(job)
             what, value = shown(metrics)
-            rows.append({"run": target, "seconds": round(time.perf_counter() - start, 2), "what": what, "value": value})
+            rows.append({"run": target, "seconds": round(spent() - start, 2), "what": what, "value": value})
             show(f"{target:34} {rows[-1]['seconds']:6.2f} s  {what} {value if value is None else format(value, '.4g')}")
         except (Exception, SystemExit) as error:
-            rows.append({"run": target, "seconds": round(time.perf_counter() - start, 2), "error": f"{type(error).__name__}: {error}"})
+            rows.append({"run": target, "seconds": round(spent() - start, 2), "error": f"{type(error).__name__}: {error}"})
             show(f"{target:34} FAILED {rows[-1]['error']}\n{said.getvalue()[-1500:]}\n{traceback.format_exc()[-2500:]}")
     return rows
 
