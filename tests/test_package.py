@@ -109,6 +109,44 @@ assert typing.get_type_hints(duo.load)["return"] is hub.Model and duo.load is hu
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_what_a_type_checker_says_of_a_program(tmp_path):
+    """The types of the library are those that its users see; torch is left out, which takes mypy a minute."""
+    (tmp_path / "mypy.ini").write_text("[mypy]\nignore_missing_imports = True\nfollow_imports = silent\n"
+                                       "[mypy-torch.*,numpy.*,transformers.*,datasets.*,tokenizers.*]\nfollow_imports = skip\n")
+    (tmp_path / "program.py").write_text("""
+import duo
+from duo.samplers import Psi
+model = duo.load("somewhere")
+reveal_type(model.sample(2, steps=8, prompt="It is", seed=1, sampler=Psi(kappa=0.9)))
+reveal_type(model.nll(["a"]).bits_per_character().mean)
+reveal_type(model.length)
+model.sample("two")
+model.nlls(["a"])
+""")
+    words = [sys.executable, "-m", "mypy", "--config-file", str(tmp_path / "mypy.ini"), "--cache-dir", str(tmp_path / "cache"), str(tmp_path / "program.py")]
+    said = subprocess.run(words, cwd=ROOT, env=os.environ | {"MYPYPATH": str(ROOT)}, capture_output=True, text=True).stdout.splitlines()
+    assert [line.partition(": ")[2] for line in said[:-1]] == [
+        'note: Revealed type is "list[str]"', 'note: Revealed type is "float"', 'note: Revealed type is "int"',
+        'error: Argument 1 to "sample" of "Model" has incompatible type "str"; expected "int"  [arg-type]',
+        'error: "Model" has no attribute "nlls"; maybe "nll"?  [attr-defined]'], said
+
+
+def test_a_logger_by_its_name_hears_every_row(tmp_path, monkeypatch):
+    """Trackio, in whose place stands a module that takes note of what it is told."""
+    from duo.data import Batches, documents, pack, tokenizer
+    from duo.dit import DiTConfig
+    from duo.schedules import LogLinear
+    from duo.training import Training, fit, logger_for
+
+    (tmp_path / "trackio.py").write_text("told = []\ninit = lambda **words: told.append(words)\nlog = lambda row, step: told.append((step, *row))\nfinish = lambda: told.append('end')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    text = pack(documents("austen"), tokenizer("char"), 32)
+    module = Training(DiTConfig(81, 16, 1, 2, 16), "duo", vocab_size=81, schedule=LogLinear(), batch_size=8, max_steps=4)
+    fit(module, Batches(text, 8, 3), text[:8], tmp_path / "run", max_steps=4, valid_every=2, logger=logger_for("trackio", tmp_path / "run"))
+    row = ("tokens", "seconds", "lr", "train_nll", "valid_nll")
+    assert sys.modules.pop("trackio").told == [{"project": "duo", "name": "run", "resume": "allow"}, (2, *row), (4, *row), "end"]
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a processor needs g++")
 def test_a_compiled_network_trains_alike(tmp_path):
     code = f"""
