@@ -138,7 +138,7 @@ def test_a_logger_by_its_name_hears_every_row(tmp_path, monkeypatch):
     from duo.schedules import LogLinear
     from duo.training import Training, fit, logger_for
 
-    (tmp_path / "trackio.py").write_text("told = []\ninit = lambda **words: told.append(words)\nlog = lambda row, step: told.append((step, *row))\nfinish = lambda: told.append('end')\n")
+    (tmp_path / "trackio.py").write_text("told = []\ninit = lambda **words: told.append(words) or 1\nlog = lambda row, step: told.append((step, *row))\nfinish = lambda: told.append('end')\n")
     monkeypatch.syspath_prepend(tmp_path)
     text = pack(documents("austen"), tokenizer("char"), 32)
     module = Training(DiTConfig(81, 16, 1, 2, 16), "duo", vocab_size=81, schedule=LogLinear(), batch_size=8, max_steps=4)
