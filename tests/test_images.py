@@ -29,8 +29,11 @@ def test_train_sample_measure_distil(trained, tmp_path):
     config = json.loads((trained / "checkpoints/config.json").read_text())
     assert config["network"] == "unet" and config["num_classes"] == 10 and len(config["training"]["classes"]) == 10
     checkpoint = str(trained / "checkpoints")
-    run("sample/twemoji_duo", output=tmp_path / "sample", checkpoint=checkpoint, n=4, steps=[2], labels=[1, 9], guidance=[1.0, 2.0])
-    assert sorted(p.name for p in (tmp_path / "sample/figures").iterdir()) == ["real.png", "steps=2,guidance=1.png", "steps=2,guidance=2.png"]
+    run("sample/twemoji_duo", output=tmp_path / "sample", checkpoint=checkpoint, n=4, steps=[2], labels=[1, 9], guidance=[1.0, 2.0], trajectory=True)
+    sheets = [f"{kind}steps=2,guidance={weight}.png" for kind in ("", "trajectory,") for weight in (1, 2)]
+    assert sorted(p.name for p in (tmp_path / "sample/figures").iterdir()) == ["real.png", *sheets]
+    sampled = json.loads((tmp_path / "sample/metrics.json").read_text())
+    assert [(row["guidance"], row["calls"]) for row in sampled["rows"]] == [(1, 2), (2, 4)] and all(0 <= row["class_share"] <= 1 for row in (*sampled["rows"], sampled["real"]))
     run("likelihood/twemoji_duo", output=tmp_path / "likelihood", checkpoint=checkpoint, blocks=4, draws=2)
     found = json.loads((tmp_path / "likelihood/metrics.json").read_text())
     assert found["bits_per_dimension"] > 0 and found["bits_per_dimension_se"] > 0 and found["tokens"] == 4 * 48
