@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from .likelihood import nelbo
 
@@ -318,6 +317,8 @@ def unet_nelbo(net, process, x, sigma, x0, xt, alpha, alpha_dot, labels=None, ch
     (B, 1).
 
     `chunk` images have logits at a time (default: 4 MB of them on a CPU, 512 MB elsewhere). Under Absorbing the mask's logit counts as −∞."""
+    from torch.utils.checkpoint import checkpoint  # up to torch 2.6 it brings sympy, which takes seconds
+
     def piece(pixels, h, x0, xt, alpha, alpha_dot):
         logits = net.head_logits(pixels, h)
         if process.hides_mask:
