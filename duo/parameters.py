@@ -745,7 +745,7 @@ def check(verb, params, root, world=None):
             return problems + str(error).splitlines()
 
 # %% ../nbs/14_parameters.ipynb #2d2cbd78
-_SMALL = {4: "n batch_size valid_blocks blocks steps sample_steps", 2: "max_steps rounds n_heads device_batch_size draws limit test copies scaling_batch",
+_SMALL = {4: "n shipped_n shipped_steps batch_size valid_blocks blocks steps sample_steps", 2: "max_steps rounds n_heads device_batch_size draws limit test copies scaling_batch",
           1: "n_blocks curriculum_steps warmup_steps valid_every checkpoint_every steps_per_round workers synthetic_mb textbook_rounds scaling_rounds",
           16: "hidden_size cond_dim ar_length", 64: "length memory_tokens scaling_length compare", 512: "vocab_size scaling_vocab", 8: "train"}
 SMOKE = {key: most for most, keys in _SMALL.items() for key in keys.split()}
