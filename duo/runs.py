@@ -705,7 +705,7 @@ USAGE = """duo-run VERB/NAME [key=value ...] [--output DIR] [--restart] [--dry-r
   --output DIR   another folder for the results
   --restart      discards the results and checkpoints that are there; without it the same command goes on where it stopped
   --dry-run      says what would be run, or submitted, and starts nothing
-  --smoke        two steps at tiny sizes, after those of the runs that it needs, into outputs/smoke/: to see that it works
+  --smoke        two steps at tiny sizes on small copies of the data, after those of the runs that it needs, into outputs/smoke/
   --slurm        submits to SLURM, a sweep as an array; options of sbatch from parameters/slurm.yaml, or behind it: nodes=2 time=4:00:00
   --help         with VERB/NAME: its parameters; alone: this text
   --list [WORD]  what can be run, and has the word in its name
@@ -759,14 +759,26 @@ def _main(words):
     return _start(jobs, root, restart, "dry-run" in options, slurm)
 
 
+def _small_copies(folder, root):
+    """The variables under which small copies, written into the folder once, stand in for all that runs fetch: data sets, tokenizers, models."""
+    data, new = folder / "mirror", folder / f".mirror.{os.getpid()}.tmp"
+    if not data.exists():
+        done = subprocess.run([sys.executable, str(root / "tests/mirror.py"), str(new)], env=os.environ | {"PYTHONPATH": str(root)}, capture_output=True, text=True)
+        if done.returncode:
+            raise RunError(f"tests/mirror.py: {(done.stderr.strip().splitlines() or ['failed'])[-1]}")
+        os.replace(new, data)
+    return {"DUO_DATA": str(data), "DUO_CACHE": str(folder / "cache"), "HF_HUB_CACHE": str(data / "hub"), "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(folder / "datasets")}
+
+
 def _smoke(target, overrides, root):
-    """Runs what the target needs and then itself, all `shrunk`, into the folder smoke/ of the results; returns the exit status."""
-    before, runs = os.environ.get("DUO_OUTPUTS"), needed(target, root)
-    os.environ["DUO_OUTPUTS"] = str(outputs(root) / "smoke")
+    """Runs what the target needs and then itself, all `shrunk`, on small copies unless $DUO_DATA is set, into the folder smoke/ of the results; returns the exit status."""
+    before, runs, home = dict(os.environ), needed(target, root), outputs(root) / "smoke"
+    os.environ |= {"DUO_OUTPUTS": str(home)} | ({} if "DUO_DATA" in before else _small_copies(home, root))
     try:
         return max(_start(plan(name, overrides if name == runs[-1] else (), root=root, smoke=True), root, True, False, None) for name in runs)
     finally:
-        os.environ.pop("DUO_OUTPUTS") if before is None else os.environ.update(DUO_OUTPUTS=before)
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def _start(jobs, root, restart, dry, slurm):
