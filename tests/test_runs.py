@@ -139,8 +139,8 @@ COMMANDS = [
     (["toy/first", "kind=worse"], "command line: kind: given worse; allowed: one of good, bad, dead, slow"),
     (["toy/first", "flag=yes"], "command line: flag: given yes; allowed: true or false"),
     (["toy/first", "output=x"], "command line: output=x: choose the folder with --output DIR"),
-    (["toy/first", "--fast"], "command line: --fast; allowed: --output DIR, --restart, --dry-run, --slurm, --list, --help"),
-    (["toy/first", "--output"], "command line: --output; allowed: --output DIR, --restart, --dry-run, --slurm, --list, --help"),
+    (["toy/first", "--fast"], "command line: --fast; allowed: --output DIR, --restart, --dry-run, --smoke, --slurm, --list, --help"),
+    (["toy/first", "--output"], "command line: --output; allowed: --output DIR, --restart, --dry-run, --smoke, --slurm, --list, --help"),
     (["toy/first", "--output", "nbs"], "nbs: holds run and is not the folder of a run; choose another --output"),
 ]
 
