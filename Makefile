@@ -15,6 +15,7 @@ $(VENV)/.installed: settings.ini setup.py constraints.txt
 demo: install
 	$(BIN)/duo-run demo/austen
 
+test: export OMP_NUM_THREADS = 1  # processes, not threads, share the cores
 test: install
 	$(BIN)/nbdev_test --n_workers 2
 	$(BIN)/pytest -q tests
