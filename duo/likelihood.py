@@ -170,14 +170,14 @@ def _levels(table, top, scale, slot):
 
 def _others(table, top, slot):
     "Σ exp(table − top) over all columns but the slots."
-    return _levels(table, top, torch.ones_like(top), slot).sum(-1)
+    return _levels(table, top, torch.ones_like(top), slot).sum(-1, dtype=torch.float64)
 
 
 def _sums(table, top, scale, slot):
     "Σψ(y), Σ y·h and Σ h."
     y = _levels(table, top, scale, slot)
     h = y / (1 + y)
-    return _psi(y).sum(-1), (y * h).sum(-1), h.sum(-1)
+    return tuple(v.sum(-1, dtype=torch.float64) for v in (_psi(y), y * h, h))  # compiled sums add in order
 
 
 def _filled(table, top, scale, slot, a, b, d):
@@ -209,14 +209,13 @@ class _CompiledRows(_ScoreRows):
         "As `_ScoreRows._sweep`."
         slot, once, top = self.slot[i], self.once[i], table.amax(-1)
         q = torch.exp(table.gather(1, slot) - top[:, None]).double()
-        S = _compiled(_others)(table, top, slot).double()
+        S = _compiled(_others)(table, top, slot)
         total = S + (q * once).sum(-1)
         scale = (self.odds[i] / self.pi / total).to(table.dtype)
         apart = slot[:, :, None] != slot[:, None, :]
         q, S = q / total[:, None], S / total
         not_q = S[:, None] + (apart * (q * once)[:, None, :]).sum(-1)
-        sums = (v.double() for v in _compiled(_sums)(table, top, scale, slot))
-        return S, q, not_q, *sums, lambda *abd: _compiled(_filled)(table, top, scale, slot, *abd)
+        return S, q, not_q, *_compiled(_sums)(table, top, scale, slot), lambda *abd: _compiled(_filled)(table, top, scale, slot, *abd)
 
 # %% ../nbs/04_likelihood.ipynb #bcf5cad6
 def _entropy_rows(target, scale, skip=None):
