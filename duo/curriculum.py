@@ -7,7 +7,7 @@ __all__ = ['relax', 'Curriculum']
 
 # %% ../nbs/07_curriculum.ipynb #b551f6c1
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 import torch
 from .duality import alpha_tilde, gamma_window, uniform_alpha
 
@@ -74,16 +74,22 @@ def _relax_top_k(x0, a, s, tau, vocab_size, top_k, generator=None):
 class Curriculum:
     """Relaxed inputs for the first `steps` steps (paper I, section 4.1; top_k: paper II). top_k None is the dense softmax.
 
-    The window of noise is where α falls from alpha_max to alpha_min. ValueError for a field out of range."""
+    The window of noise is where α falls from alpha_max to alpha_min. The temperature is tau; with tau_end it goes there geometrically, from step
+    tau_hold on. ValueError for a field out of range."""
     top_k: int | None = None
     tau: float = 1e-3
     steps: int = 500_000
     alpha_min: float = 0.05
     alpha_max: float = 0.95
+    tau_end: float | None = None
+    tau_hold: int = 0
 
     def __post_init__(self):
         if self.top_k is not None and self.top_k < 1: raise ValueError(f"top_k is {self.top_k}; it must be None (dense) or at least 1")
         if not self.tau > 0: raise ValueError(f"tau is {self.tau}; it must be positive")
+        if self.tau_end is not None and not self.tau_end > 0: raise ValueError(f"tau_end is {self.tau_end}; it must be None (tau throughout) or positive")
+        if self.tau_hold and (self.tau_end is None or not 0 <= self.tau_hold < self.steps):
+            raise ValueError(f"tau_hold is {self.tau_hold}; it must be 0, or with tau_end from 0 to steps - 1 = {self.steps - 1}")
         if self.steps < 0: raise ValueError(f"steps is {self.steps}; it must be at least 0")
         if not 0 < self.alpha_min < self.alpha_max < 1:
             raise ValueError(f"alpha_min, alpha_max are {self.alpha_min}, {self.alpha_max}; 0 < alpha_min < alpha_max < 1 is required")
@@ -91,6 +97,13 @@ class Curriculum:
     def active(self, step):
         "True while training step `step` (counted from 0) takes relaxed inputs."
         return step < self.steps
+
+    def at(self, step):
+        "The curriculum of training step `step` with the temperature of that step; None once it is over."
+        if not self.active(step): return None
+        if self.tau_end is None: return self
+        done = max(0, step - self.tau_hold) / (self.steps - self.tau_hold)
+        return replace(self, tau=self.tau * (self.tau_end / self.tau) ** done, tau_end=None, tau_hold=0)
 
     def sample(self, x0, t, vocab_size, generator=None):
         """x0 (B, L), t (B,) in [0, 1] → (input, xt, alpha, alpha_dot, sigma) (paper I, section 4.1).
