@@ -73,13 +73,13 @@ def whole(x0, first, n):
 
 
 def bound(net, process, schedule, x0, generator=None, curriculum=None, first=0, batch_size=None, labels=None, fixed=None, weights=None, loss=linear_nelbo,
-          low_variance=False):
+          low_variance=False, times=low_discrepancy):
     """Monte-Carlo NELBO in nats, (b, L), of clean tokens x0 (b, L): rows `first` to `first + b` of a global batch of `batch_size`, whose
-    times (low discrepancy) and noise do not depend on how it is divided. One network call. A U-Net is told the `labels` (b,), if any. Tokens
+    `times` (of `schedules`) and noise do not depend on how it is divided. One network call. A U-Net is told the `labels` (b,), if any. Tokens
     that are `fixed` (b, L) stay clean, and what stands there in the result means nothing; `weights` (b, L): the result is times these. `loss` is `linear_nelbo`, or `linear_score_nelbo` for a
     network of scores; with `low_variance` −α'/(1 − α) counts as one, which under Absorbing leaves the plain cross entropy of the masks (no bound)."""
     n, rows = batch_size or len(x0), slice(first, first + len(x0))
-    t = low_discrepancy(n, generator=generator, device=x0.device)
+    t = times(n, generator=generator, device=x0.device)
     x, xt, alpha, alpha_dot, sigma = corrupted(process, schedule, whole(x0, first, n), t, generator, curriculum)
     x, xt = tuple(part[rows] for part in x) if isinstance(x, tuple) else x[rows], xt[rows]
     sigma = sigma[rows]
@@ -119,11 +119,13 @@ class Training(L.LightningModule):
 
     A batch is (x0 (b, L), step, first, more): rows from `first` of the global batch of `batch_size`, and what `nats` is told besides, a dict of
     tensors with b rows such as labels. `ema` is the decay of the average of the
-    weights, `grad_clip` the largest norm of the gradient (0: any). `decay` is "constant" (the papers) or "cosine" (to zero at `max_steps`). `T` steps are
-    those of d3pm, `p_uniform` is the share of uniform noise of gidd; with `low_variance` mdlm and d3pm learn from the plain cross entropy."""
+    weights, `grad_clip` the largest norm of the gradient (0: any). `decay`, `halve_every` and `lr_min` are those of `learning_rate`, `betas` and `adam_eps` AdamW's.
+    `T` steps are those of d3pm, `p_uniform` is the share of uniform noise of gidd; with `low_variance` mdlm and d3pm learn from the plain cross entropy. `times`
+    draws the times of a training step; those of a validation are of low discrepancy."""
 
     def __init__(self, config, method="duo", *, vocab_size, schedule=None, curriculum=None, batch_size=32, max_steps=1000, lr=3e-4, decay="constant",
-                 warmup_steps=0, weight_decay=0.0, grad_clip=1.0, ema=0.9999, seed=0, compile=False, T=None, p_uniform=None, low_variance=False):
+                 warmup_steps=0, weight_decay=0.0, grad_clip=1.0, ema=0.9999, seed=0, compile=False, T=None, p_uniform=None, low_variance=False,
+                 betas=(0.9, 0.999), adam_eps=1e-8, lr_min=0.0, halve_every=None, times=low_discrepancy):
         super().__init__()
         self.process, self.bos = make_process(method, vocab_size, p_uniform), vocab_size
         row = METHODS[method]
@@ -135,7 +137,9 @@ class Training(L.LightningModule):
             raise ValueError(f"{method} needs a network with a linear head, not a U-Net")
         schedule, self.loss, self.low_variance = Staircase(schedule, T) if T else schedule, linear_score_nelbo if row.objective == "score" else linear_nelbo, low_variance
         self.method, self.schedule, self.curriculum, self.seed = method, schedule, curriculum, seed
-        self.batch_size, self.max_steps = batch_size, max_steps
+        self.batch_size, self.max_steps, self.times = batch_size, max_steps, times
+        self.betas, self.adam_eps, self.lr_min, self.halve_every = tuple(betas), adam_eps, lr_min, halve_every
+        learning_rate(0, warmup_steps, max_steps, decay, halve_every)  # refused here rather than in training
         self.lr, self.decay, self.warmup_steps, self.weight_decay, self.grad_clip, self.ema_decay = lr, decay, warmup_steps, weight_decay, grad_clip, ema
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(key(seed, "weights"))
@@ -149,9 +153,9 @@ class Training(L.LightningModule):
         """(b, L) nats of the training objective at `step`, of the true bound when step is None, times the `weights`; see `bound`."""
         if self.process is None:
             return ar_loss(net, x0, self.bos, weights)
-        curriculum = self.curriculum if step is not None and self.curriculum is not None and self.curriculum.active(step) else None
+        curriculum = None if step is None or self.curriculum is None else self.curriculum.at(step)
         return bound(net, self.process, self.schedule, x0, generator, curriculum, first, batch_size, labels, fixed, weights, self.loss,
-                     self.low_variance and step is not None)
+                     self.low_variance and step is not None, low_discrepancy if step is None else self.times)
 
     def training_step(self, batch, _):
         x0, step, first, more = batch
@@ -184,8 +188,9 @@ class Training(L.LightningModule):
             register_fsdp_forward_method(net, "hidden" if isinstance(net, DiT) else "body")
 
     def configure_optimizers(self):
-        optimizer = torch.optim.AdamW(self.net.parameters(), self.lr, weight_decay=self.weight_decay, fused=True)
-        rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: learning_rate(n, self.warmup_steps, self.max_steps, self.decay))
+        optimizer = torch.optim.AdamW(self.net.parameters(), self.lr, self.betas, self.adam_eps, self.weight_decay, fused=True)
+        factor = lambda n: learning_rate(n, self.warmup_steps, self.max_steps, self.decay, self.halve_every, self.lr_min / self.lr)
+        rate = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": rate, "interval": "step"}}
 
     def on_before_optimizer_step(self, optimizer):
@@ -197,11 +202,17 @@ class Training(L.LightningModule):
         update_ema(self.ema, self.net, self.ema_decay, self.global_step - 1)
 
 
-def learning_rate(step, warmup_steps, max_steps, decay="constant"):
-    """The factor on the learning rate at `step`: linear warm-up, then constant or a half cosine to zero."""
+def learning_rate(step, warmup_steps, max_steps, decay="constant", halve_every=None, lowest=0.0):
+    """The factor on the learning rate at `step`: linear warm-up, then "constant", half a "cosine" down to `lowest` at `max_steps`, or "halving" every
+    `halve_every` steps, not below `lowest`. ValueError for another decay, and where only one of halving and `halve_every` is given."""
+    if decay not in ("constant", "cosine", "halving") or (decay == "halving") != (halve_every is not None):
+        raise ValueError(f"decay must be constant or cosine, or halving with halve_every; got {decay} with halve_every {halve_every}")
     if step < warmup_steps:
         return (step + 1) / warmup_steps
-    return 1.0 if decay == "constant" else 0.5 + 0.5 * math.cos(math.pi * min(1, (step - warmup_steps) / max(1, max_steps - warmup_steps)))
+    if decay == "halving":
+        return max(lowest, 0.5 ** ((step - warmup_steps) // halve_every))
+    share = 0.5 + 0.5 * math.cos(math.pi * min(1, (step - warmup_steps) / max(1, max_steps - warmup_steps)))
+    return 1.0 if decay == "constant" else lowest + (1 - lowest) * share
 
 
 def _sharded(module):
@@ -470,7 +481,8 @@ def logger_for(name, folder):
 
     if name == "tensorboard":
         return TensorBoardLogger(folder, name="", version="tensorboard")
-    return WandbLogger(project="duo", name=folder.name, id=f"{key(folder.resolve().as_posix()):x}"[:8], resume="allow", save_dir=folder)
+    told = {key: os.environ.get(f"WANDB_{key.upper()}", own) for key, own in (("project", "duo"), ("name", folder.name))}
+    return WandbLogger(**told, id=f"{key(folder.resolve().as_posix()):x}"[:8], resume="allow", save_dir=folder)
 
 # %% ../nbs/09_training.ipynb #1d7d69b2
 def fit(module, batches, valid, folder, *, max_steps, device_batch_size=None, devices=None, strategy="auto", precision="auto", valid_every=1000,
