@@ -981,11 +981,11 @@ def _rows_of(step, batch_size, rank, ranks):
 class Streamed:
     """The training order of a data set that is tokenised as it comes: `batch(step)` as of `Batches`, for the same result with any number of ranks, and after a resume.
 
-    Keeps `index.json` and the last segments of `segment` documents in `folder` (default: in `$DUO_CACHE`)."""
+    Keeps `index.json` and the last segments of `segment` documents in `folder` (default: in `$DUO_CACHE`). `separator` as in `load_blocks`."""
 
-    def __init__(self, data, split, tokenizer, length, batch_size, seed=0, segment=8192, folder=None):
+    def __init__(self, data, split, tokenizer, length, batch_size, seed=0, segment=8192, folder=None, separator=None):
         row = DATASETS.get(data, _MINE)
-        separator = _separator(tokenizer, row.separator)
+        separator = _separator(tokenizer, row.separator if separator is None else separator)
         frame = (tokenizer.bos_id, tokenizer.eos_id) if row.frame and None not in (tokenizer.bos_id, tokenizer.eos_id) else ()
         self.data, self.split, self.segment, self.separator = data, split, segment, separator
         self.rows = documents(data, split, streaming=True)
