@@ -829,8 +829,9 @@ def _allowed(sampler, given):
         return "kappa", "eta", "alpha_on", "t_on", "t_off"
     if given.get("kappa") == "conf":
         return "kappa", "eta", "t_last"
-    named = any(isinstance(given.get(k), str) for k in ("kappa", "high", "low"))
-    return ("kappa",) + ("eta",) * named + ("high", "low", "high_frac", "middle_frac") + (("hold",) if "hold" in given else ("t_last",))
+    named = [k for k in ("kappa", "high", "low") if isinstance(given.get(k), str)]
+    shared, own = any(f"{k}_eta" not in given for k in named), tuple(f"{k}_eta" for k in named if k != "kappa")
+    return ("kappa",) + ("eta",) * shared + own + ("high", "low", "high_frac", "middle_frac") + (("hold",) if "hold" in given else ("t_last",))
 
 
 def make_sampler(
@@ -849,12 +850,14 @@ def make_sampler(
     bos=None,
     share=None,
     corrections=None,
+    high_eta=None,
+    low_eta=None,
 ):
     """The sampler object that a run's scalars describe; None means not given. Raises ValueError, in one line with the allowed values.
 
     sampler: one of `SAMPLERS`; gibbs takes share and corrections (the calls of `Gibbs`). For psi, `kappa` is a number or one of `KAPPAS` (with `eta`;
     loop also with alpha_on, t_on, t_off). With `high_frac` and `middle_frac` it is the κ of the middle phase, between `high` and `low` (numbers or
-    names, 1 if not given), and `hold` is the α at which the time stands still in that phase. `t_last` is the time of the last call (`Linear`)."""
+    names, 1 if not given; a name takes `eta`, or `high_eta` and `low_eta` of its own), and `hold` is the α at which the time stands still in that phase. `t_last` is the time of the last call (`Linear`)."""
     given = {k: v for k, v in locals().items() if v is not None and k != "sampler"}
     if sampler not in SAMPLERS:
         raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {sampler!r}")
@@ -878,6 +881,6 @@ def make_sampler(
         return Psi(middle, Linear(t_last))
     if high_frac is None or middle_frac is None:
         raise ValueError(f"{phased[0]} needs high_frac and middle_frac, the shares of the steps, numbers in [0, 1]")
-    ends = [_make_kappa(k, 1.0 if given.get(k) is None else given[k], eta) for k in ("high", "low")]
+    ends = [_make_kappa(k, given.get(k, 1.0), given.get(f"{k}_eta", eta)) for k in ("high", "low")]
     profile = Linear(t_last) if hold is None else Hold(hold, high_frac, middle_frac)
     return Psi(Phases(ends[0], middle, ends[1], high_frac, middle_frac), profile)
