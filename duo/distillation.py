@@ -7,6 +7,7 @@ __all__ = ['path_pair', 'dcd_loss', 'walk', 'sdtt_loss', 'Distillation', 'distil
 
 # %% ../nbs/10_distillation.ipynb #4cf6db1b
 import copy
+import math
 
 import torch
 
@@ -76,14 +77,16 @@ def sdtt_loss(student, teacher, process, zt, alphas, fall, symbol, divergence="r
 class Distillation(Training):
     """Training of a `net` that `method` has trained: by DCD under uniform noise, by SDTT under masks, where the teacher takes `teacher_steps` for each of the student's. The
     teacher is frozen at the start of each round of `steps_per_round` steps; δ is `delta`·2^round, or with growth "linear" rises with every step from `delta` to what
-    doubling would end with. Options as `Training`; `alpha_min` and `alpha_max` bound α on DCD's path; `teacher` is "student" (its weights) or "ema" (their average);
+    doubling would end with, or to `delta_max`, beyond which doubling does not go either. Options as `Training`; `alpha_min` and `alpha_max` bound α on DCD's path; `teacher` is "student" (its weights) or "ema" (their average);
     `process` replaces the method's own. Raises ValueError for another method or choice."""
 
     def __init__(self, net, method="duo", *, vocab_size, steps_per_round, delta=1 / 512, growth="doubling", divergence="reverse", teacher="student", teacher_steps=2,
-                 alpha_min=1e-3, alpha_max=0.99, process=None, **options):
+                 alpha_min=1e-3, alpha_max=0.99, process=None, delta_max=None, **options):
         for name, value, allowed in (("method", method, distillable()), ("teacher", teacher, ("student", "ema")), ("growth", growth, ("doubling", "linear"))):
             if value not in allowed:
                 raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}")
+        if delta_max is not None and not 0 < delta <= delta_max:
+            raise ValueError(f"delta_max is {delta_max}; it must be at least delta, {delta}")
         super().__init__(net.config, method, vocab_size=vocab_size, **options)
         for model in (self.net, self.ema):
             model.load_state_dict(net.state_dict())
@@ -91,13 +94,14 @@ class Distillation(Training):
         if getattr(net.config, "num_classes", None):
             self.net.cond_map.dropout = 0.0  # student and teacher are told the same: `nats` drops labels for both
         self.steps_per_round, self.delta, self.growth, self.divergence, self.teacher_of, self.teacher_steps = steps_per_round, delta, growth, divergence, teacher, teacher_steps
+        self.delta_max = delta_max
         self.vocab_size, self.window = vocab_size, gamma_window(vocab_size, alpha_min, alpha_max)
 
     def step_length(self, step):
         """δ at a step."""
         if self.growth == "doubling":
-            return self.delta * 2 ** (step // self.steps_per_round)
-        last = self.delta * 2 ** (max(1, -(-self.max_steps // self.steps_per_round)) - 1)
+            return min(self.delta * 2 ** (step // self.steps_per_round), self.delta_max or math.inf)
+        last = self.delta_max or self.delta * 2 ** (max(1, -(-self.max_steps // self.steps_per_round)) - 1)
         return self.delta + (last - self.delta) * step / max(1, self.max_steps - 1)
 
     def on_train_batch_start(self, batch, i):
