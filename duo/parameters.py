@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['RANGES', 'CHECKS', 'SMOKE', 'RunError', 'find_root', 'relative', 'outputs', 'targets', 'find_target', 'Parameter',
            'read_parameters', 'read_yaml', 'read_overrides', 'read_keywords', 'check_ranges', 'check_data',
-           'check_conditional', 'check_window', 'check_images', 'check_method', 'check_start', 'check_train',
-           'check_checkpoint', 'check_likelihood', 'check_sample', 'check_solve', 'check_puzzles', 'check_fid',
-           'check_harness', 'check_distil', 'check_methods', 'check_bench', 'launcher', 'processes', 'check_devices',
-           'check', 'shrunk', 'needed', 'Job', 'plan', 'table', 'listing', 'describe']
+           'check_conditional', 'check_window', 'check_images', 'check_method', 'check_course', 'check_start',
+           'check_train', 'check_checkpoint', 'check_likelihood', 'check_sample', 'check_solve', 'check_puzzles',
+           'check_fid', 'check_harness', 'check_distil', 'check_methods', 'check_bench', 'launcher', 'processes',
+           'check_devices', 'check', 'shrunk', 'needed', 'Job', 'plan', 'table', 'listing', 'describe']
 
 # %% ../nbs/14_parameters.ipynb #66f8238d
 import ast
@@ -305,12 +305,13 @@ def read_keywords(given, parameters):
 # %% ../nbs/14_parameters.ipynb #a3e035f9
 _AT_LEAST_ONE = ("length hidden_size n_blocks n_heads cond_dim batch_size device_batch_size devices max_steps top_k valid_every valid_draws "
                  "valid_blocks checkpoint_every n steps draws rounds steps_per_round blocks workers limit threads textbook_rounds memory_tokens "
-                 "T teacher_steps ar_length stride corrections symbols hidden scaling_vocab scaling_length scaling_batch scaling_rounds box_rows box_columns train test copies").split()
+                 "T teacher_steps ar_length stride corrections symbols hidden scaling_vocab scaling_length scaling_batch scaling_rounds box_rows box_columns train test copies "
+                 "halve_every").split()
 RANGES = {key: (lambda v: v >= 1, "at least 1") for key in _AT_LEAST_ONE}
-RANGES |= {key: (lambda v: v >= 0, "at least 0") for key in "warmup_steps curriculum_steps weight_decay grad_clip seed compare synthetic_mb num_fewshot".split()}
-RANGES |= {"vocab_size": (lambda v: v >= 2, "at least 2"), "p_uniform": (lambda v: 0 < v < 1, "above 0, below 1")}
-RANGES |= {key: (lambda v: v > 0, "above 0") for key in "lr tau delta temperature settled".split()}
-RANGES |= {key: (lambda v: 0 <= v < 1, "0 or more, below 1") for key in "dropout ema label_dropout".split()}
+RANGES |= {key: (lambda v: v >= 0, "at least 0") for key in "warmup_steps curriculum_steps weight_decay grad_clip seed compare synthetic_mb num_fewshot tau_hold lr_min".split()}
+RANGES |= {"vocab_size": (lambda v: v >= 2, "at least 2"), "p_uniform": (lambda v: 0 < v < 1, "above 0, below 1"), "schedule_eps": (lambda v: 0 < v < 1, "above 0, below 1")}
+RANGES |= {key: (lambda v: v > 0, "above 0") for key in "lr tau tau_end delta delta_max temperature settled adam_eps".split()}
+RANGES |= {key: (lambda v: 0 <= v < 1, "0 or more, below 1") for key in "dropout ema label_dropout t_min betas".split()}
 RANGES |= {key: (lambda v: 0 < v <= 1, "above 0, up to 1") for key in "top_p share".split()}
 
 
@@ -347,12 +348,14 @@ def check_data(params):
         if name not in {**DATASETS, **IMAGES} and not Path(name).exists():
             problems.append(_among("data", name, {**DATASETS, **IMAGES}, ", or a file or folder that exists"))
         if is_images(name) or name not in DATASETS and not Path(name).exists():
+            problems += _check_form(name, (), params) if is_images(name) else []
             continue
         for split in splits:
             try:
                 check_split(name, split, streaming=params.get("streaming", False) and split == "train")
             except ValueError as error:
                 problems.append(f"{'split' if str(error).startswith('split') else 'data'}: {str(error).removeprefix('data ')}")
+        problems += _check_form(name, splits, params)
     name = params.get("tokenizer")
     if name == "pixels":
         return problems
@@ -364,6 +367,20 @@ def check_data(params):
     elif name is not None and difflib.get_close_matches(name, ["char", "text8", "bpe1024", "bpe2048"], 1, 0.7):
         problems.append(_among("tokenizer", name, ["char", "text8", "bpe1024", "bpe2048"], ", a folder or a name on the Hugging Face hub"))
     return problems
+
+
+def _check_form(name, splits, params):
+    """A layout or separator for data without documents, and one that goes with another layout; none where the verb has no `layout`."""
+    from duo.data import DATASETS
+    from duo.images import is_images
+
+    given = {key: params[key] for key in ("layout", "separator") if "layout" in params and params[key] != "auto"}
+    if is_images(name) or any(_first(name, split) is not None for split in splits):
+        return [f"{key}: given {value} with data {name}, which has no documents; allowed: auto" for key, value in given.items()]
+    padded = given["layout"] == "padded" if "layout" in given else name in DATASETS and DATASETS[name].padded
+    if given and padded and params.get("streaming"):
+        return ["layout: given padded with streaming true; allowed: auto, packed"]
+    return [f"separator: given {given['separator']} for padded documents, of which each has a block; allowed: auto"] if padded and "separator" in given else []
 
 
 def _first(name, split):
@@ -461,7 +478,26 @@ def check_method(p):
         out.append(f"loss_type: given low_var with method {name}; allowed: elbo (the plain cross entropy of masks is for mdlm and d3pm)")
     dense = [m.name for m in METHODS.values() if m.prior not in (None, "hybrid") and m.objective != "score"]
     if p["backbone"] == "unet" and name not in dense:
-        out.append(f"method: given {name} with backbone unet; allowed: {', '.join(dense)}")
+        why = "looks both ways" if row.prior is None else "gives a distribution over the values of a pixel, " + ("not scores" if row.objective == "score" else "of which the mask is none")
+        out.append(f"method: given {name} with backbone unet, which {why}; allowed: {', '.join(dense)}, or backbone dit")
+    return out
+
+
+def check_course(p):
+    """Options of a training that mean nothing beside others: of the learning rate, of AdamW, of the curriculum's temperature, of the times."""
+    out, halving = [], p["lr_decay"] == "halving"
+    if (p["halve_every"] is None) == halving:
+        out.append(f"halve_every: given {'null' if halving else p['halve_every']} with lr_decay {p['lr_decay']}; allowed: {'at least 1' if halving else 'null'}")
+    if p["lr_min"] and (p["lr_decay"] == "constant" or p["lr_min"] >= p["lr"]):
+        out.append(f"lr_min: given {p['lr_min']} with lr_decay {p['lr_decay']} and lr {p['lr']}; allowed: 0.0, or below lr with cosine or halving")
+    if len(p["betas"]) != 2:
+        out.append(f"betas: given {p['betas']}; allowed: two numbers, 0 or more, below 1")
+    if p["tau_end"] is not None and p["curriculum"] == "none":
+        out.append(f"tau_end: given {p['tau_end']} with curriculum none; allowed: null")
+    if p["tau_hold"] and (p["tau_end"] is None or p["tau_hold"] >= p["curriculum_steps"]):
+        out.append(f"tau_hold: given {p['tau_hold']} with tau_end {'null' if p['tau_end'] is None else p['tau_end']}; allowed: 0, or with a tau_end less than curriculum_steps, {p['curriculum_steps']}")
+    if p["method"] == "ar" and p["times"] != "low-discrepancy":
+        out.append(f"times: given {p['times']} with method ar, whose loss has no time; allowed: low-discrepancy")
     return out
 
 
@@ -485,6 +521,8 @@ def check_start(p):
         out.append(f"method: given {p['method']} with a start of method {config['method']}, whose network is another")
     if (kind := config.get("network", "dit")) != p["backbone"]:
         return out + [f"backbone: given {p['backbone']}; allowed: that of start, {kind}"]
+    if config.get("fix_logistic") and config["head"] == "logistic":
+        config["head"] = "logistic-fixed"
     return out + [f"{ours}: given {p[ours]}; allowed: that of start, {config[its]}" for ours, its in _SHAPE[kind].items() if its in config and p[ours] != config[its]]
 
 
@@ -494,7 +532,7 @@ def check_train(params):
     out += [] if out else check_conditional(params)
     if p["backbone"] == "dit" and p["n_heads"] > 0 and (p["hidden_size"] % p["n_heads"] or p["hidden_size"] // p["n_heads"] % 2):
         out.append(f"hidden_size: given {p['hidden_size']} for {p['n_heads']} heads; allowed: n_heads times an even number")
-    out += check_method(p) + check_start(p)
+    out += check_method(p) + check_course(p) + check_start(p)
     if p["curriculum"] != "none" and p["curriculum_steps"] > p["max_steps"]:
         out.append(f"curriculum_steps: given {p['curriculum_steps']}; allowed: up to max_steps, {p['max_steps']}")
     if p["curriculum"] == "top-k" and p["top_k"] is None:
@@ -560,7 +598,7 @@ def check_likelihood(params):
     return check_checkpoint(params) + [f"data: given {name}, which is conditional; allowed: text" for name in dict.fromkeys(given)]
 
 
-_SAMPLER_KEYS = "sampler kappa eta alpha_on t_on t_off high low high_frac middle_frac hold t_last share corrections".split()
+_SAMPLER_KEYS = "sampler kappa eta alpha_on t_on t_off high low high_frac middle_frac hold t_last share corrections high_eta low_eta".split()
 
 
 def check_sample(params):
@@ -653,6 +691,8 @@ def check_distil(params):
     from duo.distillation import distillable
 
     out, path = check_likelihood(params) + check_window(params), Path(params["checkpoint"], "config.json")
+    if params["delta_max"] is not None and params["delta_max"] < params["delta"]:
+        out.append(f"delta_max: given {params['delta_max']} with delta {params['delta']}; allowed: null, or at least delta")
     config = json.loads(path.read_text(encoding="utf-8")) if not out and path.is_file() else {"method": "duo"}
     if (method := config["method"]) not in (allowed := distillable()):
         out.append(f"checkpoint: given {params['checkpoint']}, a model of method {method}; allowed: {', '.join(allowed)}")

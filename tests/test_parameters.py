@@ -33,3 +33,35 @@ def test_every_parameter_file_fits_its_notebook(path):
     assert path.read_text().startswith("# "), "the first line says which experiment this is"
     elsewhere = {"checkpoint", "judge", "data", "device", "models"}  # what another run, or the reader, has to provide first
     assert [p for p in check(path.parent.name, values, REPOSITORY) if p.split(":")[0] not in elsewhere] == []
+
+
+WRONG = [  # a file, what is changed in it, the key that the one line names
+    ("train/austen_duo", {"lr_decay": "halving"}, "halve_every"),
+    ("train/austen_duo", {"lr_decay": "constant", "lr_min": 1e-4}, "lr_min"),
+    ("train/austen_duo", {"lr_min": 1.0}, "lr_min"),
+    ("train/austen_duo", {"betas": [0.9]}, "betas"),
+    ("train/austen_duo", {"betas": [0.9, 1.0]}, "betas"),
+    ("train/austen_duo", {"adam_eps": 0.0}, "adam_eps"),
+    ("train/austen_duo", {"schedule_eps": 0.0}, "schedule_eps"),
+    ("train/austen_duo", {"t_min": 1.0}, "t_min"),
+    ("train/austen_duo", {"tau_hold": 5}, "tau_hold"),
+    ("train/austen_udlm", {"tau_end": 0.1}, "tau_end"),
+    ("train/austen_ar", {"times": "independent"}, "times"),
+    ("train/austen_duo", {"layout": "padded", "separator": "eos"}, "separator"),
+    ("train/twemoji_duo", {"layout": "packed"}, "layout"),
+    ("train/twemoji_duo", {"method": "sedd_uniform", "curriculum": "none"}, "method"),
+    ("train/twemoji_duo", {"method": "gidd", "curriculum": "none", "p_uniform": 0.1}, "method"),
+    ("distil/austen_duo", {"delta_max": 1e-4}, "delta_max"),
+    ("sample/austen_duo_rescale", {"high": "cap", "high_eta": 0.1}, "sampler"),
+    ("sample/austen_duo_rescale", {"low_eta": 0.1, "high_frac": 0.5, "middle_frac": 0.4}, "sampler"),
+    ("fid/twemoji_duo", {"hold": 0.9}, "sampler"),
+    ("likelihood/austen_duo", {"layout": "padded", "separator": "none"}, "separator"),
+]
+
+
+@pytest.mark.parametrize("name, change, key", WRONG, ids=[f"{name}-{'-'.join(change)}" for name, change, _ in WRONG])
+def test_what_does_not_go_together_is_refused_in_one_line(name, change, key):
+    verb = name.split("/")[0]
+    values, _ = read_yaml(REPOSITORY / f"parameters/{name}.yaml", read_parameters(REPOSITORY / f"nbs/run/{verb}.ipynb"), REPOSITORY)
+    problems = check(verb, values | change, REPOSITORY)
+    assert [p.split(":")[0] for p in problems] == [key] and "\n" not in problems[0], problems
