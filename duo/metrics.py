@@ -421,35 +421,43 @@ def quality(texts, tokens, judge=None, vocabulary=None) -> dict:
 
 # %% ../nbs/12_metrics.ipynb #dc11a60e
 def frontier(points, y: str = "generative_perplexity", ax=None, real: str = "real text"):
-    """Quality against entropy, one line per method with its steps written at the points and a star for real text; returns the matplotlib axes.
+    """Quality against entropy: one path per method, with its fewest and most steps written at the ends, and a star for real text; returns the axes.
 
-    points: dicts with `method`, `steps`, `entropy` (nats) and `y` (generative_perplexity or bits_per_character; drawn on a log scale); the rows whose
-    method is `real` are the stars. Raises ValueError for a point that lacks one of these.
+    points: dicts with `method`, `steps`, `entropy` (nats) and `y` (generative_perplexity or bits_per_character; drawn on a log scale), and standard
+    errors `entropy_se` and `<y>_se` where known; the rows whose method is `real` are the stars. Raises ValueError for a point that lacks one of the first.
     """
     for p in points:
         if missing := {"method", "entropy", y} - p.keys():
             raise ValueError(f"frontier: the point {p} lacks {', '.join(sorted(missing))}")
     import matplotlib.pyplot as plt
     from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
-    ax = plt.figure(figsize=(6, 3.5), dpi=110).gca() if ax is None else ax
+    ax = plt.figure(figsize=(8, 3.8), dpi=110, layout="constrained").gca() if ax is None else ax
     methods = dict.fromkeys(p["method"] for p in points if p["method"] != real)
     for method, colour, marker in zip(methods, _colours(len(methods)), "osD^vPX<>p" * len(methods)):
         line = sorted((p for p in points if p["method"] == method), key=lambda p: p.get("steps") or 0)
-        ax.plot([p["entropy"] for p in line], [p[y] for p in line], marker=marker, ms=5, lw=1.2, color=colour, label=method)
-        for p in line:
-            if p.get("steps"):
-                ax.annotate(str(p["steps"]), (p["entropy"], p[y]), xytext=(4, 4), textcoords="offset points", fontsize=7, color=colour)
+        errors = [[p.get(f"{key}_se") or 0 for p in line] for key in ("entropy", y)]
+        ax.errorbar([p["entropy"] for p in line], [p[y] for p in line], *errors[::-1], marker=marker, ms=5, lw=1.2, elinewidth=0.7, color=colour, label=method)
+        for p in dict.fromkeys((0, len(line) - 1)):
+            if steps := line[p].get("steps"):
+                ax.annotate(str(steps), (line[p]["entropy"], line[p][y]), xytext=(5, 5), textcoords="offset points", fontsize=8, color=colour,
+                            path_effects=_halo())
     stars = [p for p in points if p["method"] == real]
     if stars:
         ax.plot([p["entropy"] for p in stars], [p[y] for p in stars], "*", ms=13, color="black", label=real)
-    ax.set(yscale="log", xlabel="entropy of a sample's tokens (nats)", ylabel=y.replace("_", " ") + (" (bits)" if y.startswith("bits") else ""))
+    ax.set(yscale="log", xlabel="entropy of a sample's tokens (nats)", ylabel=y.replace("_", " "))
     low, high = ax.get_ylim()
     ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if high > 4 * low else MaxNLocator(6))
     ax.yaxis.set_major_formatter(ScalarFormatter())
     ax.yaxis.set_minor_formatter(NullFormatter())
     ax.grid(alpha=0.3, lw=0.5)
-    ax.legend(frameon=False, fontsize=8)
+    ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
     return ax
+
+
+def _halo():
+    """A white rim, so that a number can be read on a line."""
+    from matplotlib.patheffects import withStroke
+    return [withStroke(linewidth=2.5, foreground="white")]
 
 
 def _colours(n: int) -> list[str]:
