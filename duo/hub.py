@@ -630,10 +630,21 @@ def _lightning(path: Path, raw: bool, settings: dict) -> Model:
     config, weights, ema = found.get("hyper_parameters") or {}, found.get("state_dict"), found.get("ema")
     if not isinstance(weights, dict):
         raise ValueError(f"{path}: has no state_dict; it holds {_some(map(str, found)) or 'nothing'}")
+    if {"ema", "net"} <= {name.partition(".")[0] for name in weights} and not settings:
+        return _ours(path, weights, "net." if raw else "ema.")
     config = config["config"] if isinstance(config.get("config"), dict) else config
     averaged = None if raw or not ema else ema.get("shadow_params", [])
     training = {"file": path.name, "steps": found.get("global_step"), "weights": "as trained" if averaged is None else "average (EMA)"}
     return _assemble(path, weights, config, settings, training, averaged)
+
+
+def _ours(path: Path, weights: dict, prefix: str) -> Model:
+    """The `Model` of a checkpoint of a training of ours, by the config.json and tokenizer.json beside it; its weights begin with `prefix`."""
+    model, found = _empty(path.parent), {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
+    shapes, wanted = ({name: tuple(tensor.shape) for name, tensor in some.items()} for some in (found, model.net.state_dict()))
+    _compare(path, shapes, wanted, "config.json asks for")
+    model.net.load_state_dict({name: tensor.to(torch.float32, copy=True) for name, tensor in found.items()}, assign=True)
+    return model
 
 
 def _is_published(directory: Path) -> bool:
@@ -663,9 +674,10 @@ _NEEDED = {"dit": ("vocab_size", "hidden_size", "n_blocks", "n_heads", "cond_dim
 
 
 def load(source, raw: bool = False, device="cpu", **settings) -> Model:
-    """The `Model` in a directory, in a repository of the Hugging Face hub ("owner/name"), or in a Lightning .ckpt of the authors' code.
+    """The `Model` in a directory, in a repository of the Hugging Face hub ("owner/name"), or in a Lightning .ckpt, of the authors' code or of a training of ours
+    (last.ckpt, best.ckpt, beside the config.json that it writes when it is done).
 
-    raw=True takes the weights before averaging. What a foreign file does not say, or says wrongly, can be given in `settings`: method, tokenizer (a
+    raw=True takes the weights before averaging, of a directory from raw.safetensors or else last.ckpt. What a foreign file does not say, or says wrongly, can be given in `settings`: method, tokenizer (a
     name, a
     directory or an object), length, schedule, schedule_eps, time_conditioning, n_heads, dropout, fix_logistic. No code from the file runs.
     Raises ValueError in one line that says which file or setting is missing, unknown, damaged or does not fit.
@@ -677,6 +689,16 @@ def load(source, raw: bool = False, device="cpu", **settings) -> Model:
         return _published(directory, raw, settings).to(device)
     if settings:
         raise ValueError(f"load: {', '.join(settings)} cannot be given for {directory}, whose config.json says it")
+    if raw and not (directory / "raw.safetensors").exists() and (directory / "last.ckpt").is_file():
+        return load(directory / "last.ckpt", raw, device)
+    model = _empty(directory)
+    weights = _weights(directory / ("raw.safetensors" if raw else "model.safetensors"), model.net.state_dict())
+    model.net.load_state_dict(weights, assign=True)
+    return model.to(device)
+
+
+def _empty(directory: Path) -> Model:
+    """The `Model` that a directory's config.json and tokenizer.json describe, its network on the meta device."""
     config = _config(directory / "config.json")
     vocabulary = _text(directory / "tokenizer.json")
     try:
@@ -689,12 +711,9 @@ def load(source, raw: bool = False, device="cpu", **settings) -> Model:
         schedule = None if config["schedule"] is None else SCHEDULES[config["schedule"]](config["schedule_eps"])
         sometimes = {key: config.get(key) for key in _SOMETIMES}
         with torch.device("meta"):
-            model = Model(network(shape), config["method"], schedule, tokenizer, config["length"], config.get("training", {}), **sometimes)
+            return Model(network(shape), config["method"], schedule, tokenizer, config["length"], config.get("training", {}), **sometimes)
     except (ValueError, TypeError) as err:
         raise ValueError(f"{directory / 'config.json'}: {err}") from None
-    weights = _weights(directory / ("raw.safetensors" if raw else "model.safetensors"), model.net.state_dict())
-    model.net.load_state_dict(weights, assign=True)
-    return model.to(device)
 
 
 def _directory(source, **download) -> Path:
