@@ -575,6 +575,8 @@ def check_checkpoint(params):
         return [f"{given}, where config.json or tokenizer.json is damaged ({error}); allowed: what duo.hub.save wrote"] + out
     if params.get("tokenizer") not in (None, name):
         out.append(f"tokenizer: given {params['tokenizer']}; allowed: the checkpoint's, {name}")
+    if not params.get("averaged", True) and not any((folder / file).is_file() for file in ("raw.safetensors", "last.ckpt")):
+        out.append(f"averaged: given false with checkpoint {params['checkpoint']}, which has neither raw.safetensors nor last.ckpt; allowed: true")
     names = params.get("data") or []
     for data in names if isinstance(names, list) else [names]:
         if is_images(data) != (name == "pixels"):
