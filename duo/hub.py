@@ -807,7 +807,8 @@ def card(config: dict, metrics: dict, name: str = "path/or/owner-name", license:
     numbers = [(k.replace("_", " "), _number(v, metrics.get(f"{k}_se"), metrics.get("draws"))) for k, v in measured.items()]
     table = "\n".join(f"| {k} | {f'{v:,}' if isinstance(v, int) and not isinstance(v, bool) else v} |" for k, v in [*rows, *numbers])
     exact = METHODS[config["method"]].prior is None
-    bound = "" if exact else " Likelihoods are upper bounds (the bound of the diffusion process, Monte-Carlo)."
+    bound = "" if exact else "Likelihoods are upper bounds (the bound of the diffusion process, Monte-Carlo)."
+    errors = "Errors are one standard error. " if measured.keys() < metrics.keys() else ""
     front = f"---\nlicense: {license}\nlibrary_name: duo\npipeline_tag: {'unconditional-image' if config.get('network') == 'unet' else 'text'}-generation\ntags:\n- discrete-diffusion\n- {config['method']}\n---\n"
     return f"""{front}
 # {config['method']} on {config.get('training', {}).get('data', 'text')}, {_size(config)}
@@ -816,7 +817,7 @@ def card(config: dict, metrics: dict, name: str = "path/or/owner-name", license:
 |---|---|
 {table}
 
-Errors are one standard error.{bound}
+{errors}{bound}
 
 ```python
 import duo.hub
