@@ -176,8 +176,8 @@ def _cores():
 
 
 def _git(root):
-    """(commit, dirty) of the repository, (None, None) without git."""
-    words = ["git", "--git-dir", f"{root}/.git", "--work-tree", str(root), "status", "--porcelain=v2", "--branch", "--untracked-files=no"]
+    """(commit, dirty) of the repository, whose kept results do not count; (None, None) without git."""
+    words = ["git", "--git-dir", f"{root}/.git", "--work-tree", str(root), "status", "--porcelain=v2", "--branch", "--untracked-files=no", "--", ".", ":!outputs"]
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         commit, *lines = subprocess.run(words, capture_output=True, text=True, timeout=20, check=True).stdout.splitlines()
         return commit.split()[-1], any(line[0] != "#" for line in lines)
