@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['Estimate', 'estimate', 'ratio', 'perplexity', 'bits_per_character', 'bits_per_dimension', 'Scores', 'Bound',
            'evaluate_bound', 'unigram_entropy', 'words', 'word_share', 'CausalLM', 'judge_of', 'generative_perplexity',
-           'mauve', 'frechet', 'fid', 'efficientnet_features', 'fd_efficientnet_lite0', 'quality', 'frontier']
+           'mauve', 'frechet', 'frechet_se', 'fid', 'efficientnet_features', 'fd_efficientnet_lite0', 'quality',
+           'frontier']
 
 # %% ../nbs/12_metrics.ipynb #fe273e10
 import contextlib
@@ -328,6 +329,18 @@ def frechet(a, b) -> float:
     return float((a.mean(0) - b.mean(0)).square().sum() + A.square().sum() + B.square().sum() - 2 * cross)
 
 
+def frechet_se(a, b, groups: int = 10, seed: int = 0) -> float:
+    """The standard error of `frechet` that the choice of both sets gives it: a jackknife that leaves out one of `groups` random parts of each set at a
+    time. nan for fewer than three features in a set."""
+    a, b = (torch.as_tensor(x) for x in (a, b))
+    groups, g = min(groups, len(a), len(b)), torch.Generator().manual_seed(seed)
+    if groups < 3:
+        return math.nan
+    parts = [(torch.randperm(len(x), generator=g) % groups).to(x.device) for x in (a, b)]
+    without = torch.tensor([frechet(*(x[part != i] for x, part in zip((a, b), parts))) for i in range(groups)])
+    return math.sqrt((groups - 1) * without.var(correction=0).item())
+
+
 def _small(A):
     """A matrix with the same AᵀA and at most as many rows as columns."""
     return A if len(A) <= A.shape[1] else torch.linalg.qr(A, mode="r").R
@@ -343,11 +356,11 @@ def _channels_first(images) -> torch.Tensor:
 
 
 def fid(images, real, features=2048, batch_size: int = 64, device=None) -> dict:
-    """{"fid", "inception_score", "inception_score_se"} of images against real ones, (N, H, W, C) uint8, by torchmetrics (paper II: 50,000 against
+    """{"fid", "fid_se", "inception_score", "inception_score_se"} of images against real ones, (N, H, W, C) uint8, by torchmetrics (paper II: 50,000 against
     the training set).
 
-    features: 2048, Inception's, or a module of one's own in its place (then not an FID). inception_score_se is over its ten splits. Raises
-    ValueError in one line where torchmetrics, torch-fidelity or the weights
+    features: 2048, Inception's, or a module of one's own in its place (then not an FID). fid_se is `frechet_se` of the same features, inception_score_se is over
+    its ten splits. Raises ValueError in one line where torchmetrics, torch-fidelity or the weights
     cannot be had."""
     sets, device = [_channels_first(part) for part in (images, real)], device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -361,13 +374,18 @@ def fid(images, real, features=2048, batch_size: int = 64, device=None) -> dict:
             f"fid: Inception's features cannot be had ({type(err).__name__}: {str(err).splitlines()[0][:120]}); pip install 'duo-diffusion[eval]' "
             "and a network, or fd_efficientnet_lite0"
         ) from None
+    seen, found = [], []
+    hook = distance.inception.register_forward_hook(lambda module, given, out: seen.append(out.detach()))
     for x, is_real in zip(sets, (False, True)):
         for batch in x.split(batch_size):
             distance.update(batch.to(device), real=is_real)
-            if not is_real:
-                score.update(batch.to(device))
+        found.append(torch.cat(seen))
+        seen.clear()
+    hook.remove()
+    for batch in sets[0].split(batch_size):
+        score.update(batch.to(device))
     mean, spread = score.compute()
-    return {"fid": float(distance.compute()), "inception_score": float(mean), "inception_score_se": float(spread) / math.sqrt(score.splits)}
+    return {"fid": float(distance.compute()), "fid_se": frechet_se(*found), "inception_score": float(mean), "inception_score_se": float(spread) / math.sqrt(score.splits)}
 
 
 @lru_cache(maxsize=1)
