@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 from .data import Batches
 from .dit import DiT
-from .likelihood import METHODS, Staircase, clean_bias, linear_ar_nll, linear_nelbo, linear_score_nelbo, make_process
+from .likelihood import METHODS, Staircase, clean_bias, linear_ar_nll, linear_nelbo, linear_score_nelbo, make_process, network_vocab
 from .schedules import low_discrepancy
 from .unet import UNet, UNetConfig, unet_nelbo
 
@@ -129,6 +129,10 @@ class Training(L.LightningModule):
         super().__init__()
         self.process, self.bos = make_process(method, vocab_size, p_uniform), vocab_size
         row = METHODS[method]
+        if config.vocab_size != (width := network_vocab(method, vocab_size)):
+            raise ValueError(f"config: given a network of vocab_size {config.vocab_size} for {method} with {vocab_size} symbols; allowed: {width}")
+        if schedule is None and self.process is not None:
+            raise ValueError(f"schedule: given None for {method}; allowed: one of duo.schedules, such as LogLinear()")
         if (T is None) == (row.objective == "steps"):
             raise ValueError(f"T is {T}, but {method} " + ("needs a number of steps" if T is None else "has continuous time: it must be None"))
         if low_variance and row.prior != "absorbing" or low_variance and row.objective == "score":
@@ -355,7 +359,9 @@ class Progress(Callback):
         if (i + 1) % trainer.accumulate_grad_batches:
             return
         self.bar.update(trainer.global_step - self.bar.n)
-        if trainer.global_step % self.valid_every:
+        if trainer.global_step == self.max_steps:
+            trainer.should_stop = True  # Lightning validates before it stops, whether or not `valid_every` divides the step
+        elif trainer.global_step % self.valid_every:
             self.step_done(trainer)
 
     def step_done(self, trainer):
@@ -487,7 +493,7 @@ def logger_for(name, folder):
 # %% ../nbs/09_training.ipynb #1d7d69b2
 def fit(module, batches, valid, folder, *, max_steps, device_batch_size=None, devices=None, strategy="auto", precision="auto", valid_every=1000,
         checkpoint_every=1000, label=None, logger=None):
-    """Train `module` on `batches` (`data.Batches`) in `folder`, validating on the rows of `valid`: (N, L), or the pair of that and a
+    """Train `module` on `batches` (`data.Batches`) in `folder`, validating every `valid_every` steps and after the last on the rows of `valid`: (N, L), or the pair of that and a
     dict of what belongs to them, as in `Steps`. Goes on from folder/checkpoints/last.ckpt where it exists. With a `label`, shows a progress bar of that name. precision "auto" is bf16 on a GPU, float32 elsewhere;
     devices and strategy as in `group` and `strategy_for`; `logger` is one of Lightning's, or None.
     Returns {"steps", "tokens", "seconds", "valid_nll", "best_valid_nll", "best_step"}, None where the checkpoint is beyond `max_steps`;
