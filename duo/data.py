@@ -353,6 +353,8 @@ DETOKENIZERS = {
 
 def detokenize(text, name):
     """Undo the tokenisation that a corpus was published in, by the substitutions of `DETOKENIZERS[name]`; "strip" takes empty lines off the ends, None leaves the text as it is."""
+    if not isinstance(text, str):
+        raise ValueError(f"a row's text: given {json.dumps(text, default=str)[:40]}; allowed: text")
     if name == "strip":
         return text.strip("\n")
     for pattern, replacement in DETOKENIZERS[name] if name else ():
@@ -450,9 +452,11 @@ def check_split(data, split, streaming=False):
         return
     if not path.exists():
         raise ValueError(f"data must be {', '.join(DATASETS)}, a .txt, .jsonl or .parquet file or a directory of them, got {str(data)!r}")
-    if not _files(path, split)[1]:
+    if not (files := _files(path, split)[1]):
         raise ValueError(f"data {str(data)!r} has no {split}.txt, {split}.jsonl or {split}.parquet" if path.is_dir() else
                          f"data {str(data)!r}: a file must be a .txt, .jsonl or .parquet, also compressed")
+    if not sum(map(os.path.getsize, files)):
+        raise ValueError(f"data {str(data)!r}: no text in {split if path.is_dir() else 'it'}, 0 bytes")
     if streaming and path.is_file():
         raise ValueError(f"data {str(data)!r} cannot be streamed: one file is divided by its number of documents; give a directory with a file for each split")
 
@@ -470,10 +474,10 @@ def documents(data, split="train", streaming=False):
     else:
         rows, column, detokenizer = _hub(row, split, streaming), row.column, row.detokenizer
     columns = rows.column_names or list(next(iter(rows)))
-    if row is None and {"prompt", "known"} & set(columns):
+    if row is None and _CONDITIONS & set(columns):
         raise ValueError(f"data {str(data)!r} is conditional, its lines are no documents; load_blocks reads it")
     if column not in columns:
-        raise ValueError(f"data {str(data)!r}: every row needs a field {column!r}, found {', '.join(columns)}")
+        raise ValueError(_lacks(data, column, columns))
     if not streaming:
         return Texts(rows, column, detokenizer)
     return rows.map(lambda batch: {"text": [detokenize(t, detokenizer) for t in batch[column]]}, batched=True, remove_columns=columns)
@@ -535,11 +539,48 @@ def _local(data, split, streaming=False):
         rows = load_dataset(kind, data_files={"train": files}, split="train", streaming=streaming, **extra)
     except Exception as error:
         raise ValueError(f"data {str(data)!r} could not be read as {kind}: {str(error.__cause__ or error).strip().splitlines()[0][:200]}") from None
-    if path.is_file():
-        cut = [0, round(0.9 * len(rows)), round(0.95 * len(rows)), len(rows)]
+    if not streaming and not _CONDITIONS & set(rows.column_names):
+        if not len(rows):
+            raise ValueError(f"data {str(data)!r}: no text in {split if path.is_dir() else 'it'}")
+        _check_texts(data, rows)
+    return _divided(data, rows, split) if path.is_file() else rows, "text"
+
+
+_CONDITIONS = {"prompt", "known"}
+
+
+def _lacks(data, column, columns):
+    return f"data {str(data)!r}: every row needs a field {column!r}, found {', '.join(columns)}"
+
+
+def _check_texts(data, rows):
+    """ValueError unless every row has a text."""
+    if "text" not in rows.column_names:
+        raise ValueError(_lacks(data, "text", rows.column_names))
+    column = rows.data.column("text")
+    bad = column.is_null().index(True).as_py() if column.null_count else -1 if "string" in str(column.type) else 0
+    if bad >= 0:
+        raise ValueError(f"data {str(data)!r}: row {bad + 1}: field 'text' holds {json.dumps(column[bad].as_py(), default=str)[:40]}; allowed: text")
+
+
+def _divided(data, rows, split):
+    """The part of one file's rows that is a split: 90 : 5 : 5 by rows, or by characters of the whole where these are too few."""
+    def cut(n):
+        ends = 0, round(0.9 * n), round(0.95 * n), n
         i = SPLITS.index(split)
-        rows = rows.select(range(cut[i], cut[i + 1]))
-    return rows, "text"
+        return range(ends[i], ends[i + 1]), len(set(ends)) == 4
+
+    part, enough = cut(len(rows))
+    if enough:
+        return rows.select(part)
+    if _CONDITIONS & set(rows.column_names):
+        raise ValueError(f"data {str(data)!r}: {len(rows)} rows cannot be divided 90 : 5 : 5; allowed: more, or a directory with train.jsonl and valid.jsonl")
+    from datasets import Dataset
+    text = "\n\n".join(detokenize(text, "strip") for text in rows["text"])
+    if not text.strip():
+        raise ValueError(f"data {str(data)!r}: no text in it")
+    part, _ = cut(len(text))
+    return Dataset.from_dict({"text": [text[part.start:part.stop]]})
 
 # %% ../nbs/08_data.ipynb #d1096ac7
 def _compact(vocab_size):
@@ -825,7 +866,7 @@ def _tokenise(texts, tokenizer, separator, folder, key, workers, progress):
     bar.close()
     counts = _join(parts, numbers, folder, _compact(tokenizer.vocab_size), len(separator))
     if not counts["tokens"]:
-        raise ValueError(f"data {key['data']}: split {key['split']} has no token")
+        raise ValueError(f"data {key['data']}: no text in split {key['split']}")
     _write(folder / "store.json", json.dumps({"key": key, "tokenizer": tokenizer.name, "dtype": _compact(tokenizer.vocab_size).name, **counts}, indent=1).encode())
     shutil.rmtree(parts)
 
@@ -885,6 +926,10 @@ def _join(parts, numbers, folder, dtype, trailing):
 _MINE = DataSet(frame=False)  # files by path
 
 
+def _tokenizer_of(given):
+    return tokenizer(given) if isinstance(given, (str, Path)) else given
+
+
 def _separator(tokenizer, kind):
     if kind not in ("", "eos"):
         raise ValueError(f'separator must be "eos" or "", got {kind!r}')
@@ -897,18 +942,20 @@ def _separator(tokenizer, kind):
 
 
 def load_blocks(data, split, tokenizer, length, layout=None, separator=None, workers=None, progress=False):
-    """The `Blocks` of a split of a data set (a name in `DATASETS` or a path). `layout` "packed" or "padded" and `separator` "eos" or "" (between documents) replace what the row of the data set says.
+    """The `Blocks` of a split of a data set (a name in `DATASETS` or a path), by a tokenizer or the name of one. `layout` "packed" or "padded" and `separator` "eos" or "" (between documents) replace what the row of the data set says.
     Files of one's own whose rows have a field "prompt" or "known" give `Conditional` blocks.
 
     Raises ValueError where the text does not fill one block: a set that is empty at this length has no perplexity."""
     if layout not in (None, "packed", "padded"):
         raise ValueError(f"layout must be packed or padded, got {layout!r}")
+    check_split(data, split)
+    tokenizer = _tokenizer_of(tokenizer)
     row = DATASETS.get(data, _MINE)
     padded = row.padded if layout is None else layout == "padded"
     between = () if padded else _separator(tokenizer, row.separator if separator is None else separator)
     frame = (tokenizer.bos_id, tokenizer.eos_id) if row.frame and None not in (tokenizer.bos_id, tokenizer.eos_id) else ()
     try:
-        if row is _MINE and {"prompt", "known"} & set((rows := _local(data, split)[0]).column_names):
+        if row is _MINE and _CONDITIONS & set((rows := _local(data, split)[0]).column_names):
             return conditional(list(rows), tokenizer, length)
         if row.read and not row.hub:
             texts = documents(data, split)
