@@ -132,25 +132,25 @@ class _ScoreRows:
         return loss
 
     def _gradient(self, t):
-        "Coefficients of the gradient, in units of pi·r: −1 for the form −h + (1 + k)·y, 0 for h·y + k·y; its coefficient of y; the slots."
-        (p_x, p_z), pi, o, r, differ = t.q[:, :2].unbind(1), self.pi, t.o, t.r, ~t.same
+        """Coefficients of the gradient, in units of pi·r: −1 for the form −h + (1 + k)·y, 0 for h·y + k·y; its coefficient of y; the slots.
+        The names are those of the equations above; x, z and m (the mask) are the slots."""
+        p_x, pi, o, r, differ = t.q[:, 0], self.pi, t.o, t.r, ~t.same
         h_z, stay = t.y_z / (1 + t.y_z), 1 / (1 + t.y_z)
-        e = torch.where(t.same, t.c_z * t.not_q[:, 1] * stay / (1 + t.c_z), -h_z)
-        d_x = -o * p_x * (h_z + t.c * t.not_q[:, 0] / (1 + t.c * p_x)) * differ
-        F = pi * t.n * e + o * t.S * stay - (o * t.not_q[:, 0] + (pi + o) * t.y_z) * stay * differ
-        d = [d_x]
+        e = torch.where(t.same, t.c_z * t.not_q[:, 1] * stay / (1 + t.c_z), -h_z)                     # 1/(1 + y_z) − r, without the difference
+        at_x = -o * p_x * (h_z + t.c * t.not_q[:, 0] / (1 + t.c * p_x)) * differ
+        F = pi * t.n * e + o * t.S * stay - (o * t.not_q[:, 0] + (pi + o) * t.y_z) * stay * differ    # the others, and x
+        at_m = []
         if self.masked:
             o_m = o * t.q[:, 2] * t.once[:, 2]
             F = F + self.pi_m * e * t.once[:, 2] + o_m * stay
-            d.append(o_m * (e + r * t.q[:, 2] / (self.pi_m / o + t.q[:, 2])))
-        d.insert(1, -h_z * F)
-        d, Q, far = torch.stack(d, 1), torch.zeros_like(o), stay / r
+            at_m = [o_m * (e + r * t.q[:, 2] / (self.pi_m / o + t.q[:, 2]))]
+        at_slots, Q, one_and_k = torch.stack([at_x, -h_z * F, *at_m], 1), torch.zeros_like(o), stay / r
         if self.logits:
-            Q = o * t.S * e + pi * r * t.yh + d.sum(-1)
-            far = far * (t.q * t.once).sum(-1) + t.h / t.c - d.sum(-1) / (o * r)
-        near = (e - Q / o) / r
-        nearer = near.abs() < far.abs()
-        return nearer.double() - 1, torch.where(nearer, near, far), (d - t.once * t.q * Q[:, None]) / (pi * r)[:, None]
+            Q = o * t.S * e + pi * r * t.yh + at_slots.sum(-1)
+            one_and_k = one_and_k * (t.q * t.once).sum(-1) + t.h / t.c - at_slots.sum(-1) / (o * r)
+        k = (e - Q / o) / r
+        smaller = k.abs() < one_and_k.abs()
+        return smaller.double() - 1, torch.where(smaller, k, one_and_k), (at_slots - t.once * t.q * Q[:, None]) / (pi * r)[:, None]
 
 # %% ../nbs/04_likelihood.ipynb #3f854fdd
 def _psi(y):
