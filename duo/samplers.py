@@ -410,9 +410,9 @@ class Guided:
         """That of the conditional network, if it has one."""
         return getattr(self.conditional, "config", None)
 
-    def hidden(self, xt, sigma):
-        """What the two bodies make of it, (B, L, 2, d)."""
-        one, other = (_parts(d)[0](xt, sigma) for d in (self.conditional, self.unconditional))
+    def hidden(self, xt, sigma, caches=((), ())):
+        """What the two bodies make of it, (B, L, 2, d); `caches` are what causal ones are called with besides, one tuple each."""
+        one, other = (_parts(d)[0](xt, sigma, *cache) for d, cache in zip((self.conditional, self.unconditional), caches))
         if one.shape != other.shape:
             raise ValueError(f"guidance needs two networks of one shape, got {tuple(one.shape)} and {tuple(other.shape)}")
         return torch.stack([one, other], -2)
@@ -728,10 +728,11 @@ def sample_ar(
     causal = getattr(getattr(denoiser, "config", None), "causal", None)
     if causal is False:
         raise ValueError("denoiser must be causal for an autoregressive sampler, this network looks both ways")
-    store, (body, head) = Cache(length) if cache and causal else None, _parts(denoiser)
+    stores, (body, head) = [(Cache(length),) for _ in range(1 + isinstance(denoiser, Guided))] if cache and causal else [()], _parts(denoiser)
+    more = stores[0] if len(stores) == 1 else (stores,)
     sigma, process = torch.zeros(batch, device=device), None
     for i in range(first, length):
-        logits = head((body(x[:, : i + 1], sigma) if store is None else body(x[:, store.length : i + 1], sigma, store))[:, -1:]) / temperature
+        logits = head(body(x[:, stores[0][0].length if stores[0] else 0 : i + 1], sigma, *more)[:, -1:]) / temperature
         if callback is not None:
             callback(Step(i - first, 1 - i / length, 0.0, 1.0, 1.0), x[:, 1:].clone(), logits)
         process = process or Absorbing(logits.shape[-1], bos)
