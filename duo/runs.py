@@ -10,6 +10,7 @@ __all__ = ['USAGE', 'COLLECT', 'Run', 'machine', 'environment', 'Screen', 'Stopp
 import ast
 import contextlib
 import csv
+import difflib
 import getopt
 import io
 import glob
@@ -26,6 +27,7 @@ import signal
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import threading
 import time
 from datetime import datetime, timezone
@@ -33,7 +35,7 @@ from importlib import metadata
 from pathlib import Path
 
 import duo
-from .parameters import RunError, describe, find_root, launcher, listing, needed, outputs, plan, read_parameters, relative, table
+from .parameters import RunError, describe, find_root, find_target, launcher, listing, needed, outputs, plan, read_overrides, read_parameters, relative, table
 
 # %% ../nbs/15_runs.ipynb #50003202
 def _plain(value):
@@ -51,7 +53,8 @@ def _plain(value):
 
 def _rank():
     """The number of this process in its group, 0 where it is alone."""
-    return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
+    text = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
+    return int(text) if text.isdigit() else 0  # what is no number `_main` refuses
 
 
 def _write(path, content):
@@ -450,13 +453,24 @@ def _discard(folder):
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
 
 
+def _check_writable(folder, root):
+    """Raises `RunError` where the folder is none or cannot be written, or made; leaves nothing there."""
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not there.is_dir():
+        raise RunError(f"{relative(there, root)}: a file; allowed: a folder, or a name that does not exist yet")
+    try:
+        with tempfile.TemporaryDirectory(prefix=".duo-", dir=there):
+            pass
+    except OSError as error:
+        raise RunError(f"{relative(folder, root)}: cannot be written ({error.strerror}); allowed: a folder of one's own") from None
+
+
 def _prepare(job, root, restart):
     """Decides about what is in the job's folder: True to go on from its checkpoints, False to start anew. Writes nothing."""
     folder, params, where = job.folder, job.params, relative(job.folder, root)
+    _check_writable(folder, root)
     if not folder.exists():
         return False
-    if not folder.is_dir():
-        raise RunError(f"{where}: a file; allowed: a folder, or a name that does not exist yet")
     there, ours = Run(folder).parameters, {*_PARTS, *_BESIDE}
     foreign = [p.name for p in folder.iterdir() if p.name not in ours and "=" not in p.name and p.name[0] != "."]
     if not there and foreign:
@@ -574,14 +588,31 @@ def _sweep(jobs, root, restart):
     return status
 
 # %% ../nbs/15_runs.ipynb #4518fc28
-def read_slurm(root, words=()):
+_SBATCH = """account array begin clusters comment constraint cores-per-socket cpus-per-gpu cpus-per-task deadline dependency error exclude exclusive
+export gpus gpus-per-node gpus-per-socket gpus-per-task gres hint job-name licenses mail-type mail-user mem mem-per-cpu mem-per-gpu nice nodelist nodes
+no-requeue ntasks ntasks-per-core ntasks-per-gpu ntasks-per-node ntasks-per-socket output partition priority qos requeue reservation signal
+sockets-per-node switches threads-per-core time time-min tmp""".split()  # the usual ones, among which a slip is looked for; others are sbatch's to judge
+
+
+def _slip(word, parameters):
+    """What is wrong with a word behind --slurm, if anything."""
+    key, equals, _ = word.removeprefix("--").partition("=")
+    if key in parameters:
+        return f"command line: {word}: {key} is a parameter of the run; put it before --slurm"
+    if not equals:
+        return f"command line: {word}: allowed after --slurm: option=value, by the long names of sbatch"
+    close = () if key in _SBATCH else difflib.get_close_matches(key, _SBATCH, 1, 0.8)
+    return f"command line: {word}: no option of sbatch; did you mean {close[0]}?" if close else None
+
+
+def read_slurm(root, words=(), parameters=()):
     """The options of sbatch as a dict of texts: those of parameters/slurm.yaml, and the words `option=value` over them; and the number of
-    processes that they start. Raises `RunError` with every problem found."""
+    processes that they start. Raises `RunError` with every problem found, a name among the `parameters` of the run being one."""
     import yaml
 
     path = root / "parameters" / "slurm.yaml"
     options = (yaml.load(path.read_text(encoding="utf-8"), yaml.BaseLoader) or {}) if path.exists() else {}  # all texts: 4:00:00 is no number
-    problems = [f"command line: {word}: allowed after --slurm: option=value, by the long names of sbatch" for word in words if "=" not in word]
+    problems = [problem for word in words if (problem := _slip(word, parameters))]
     options |= dict(word.removeprefix("--").split("=", 1) for word in words if "=" in word)
     options = {k: v for k, v in options.items() if v not in ("", "null", "none")}
     options.setdefault("nodes", "1")
@@ -667,11 +698,13 @@ def _folded(rows, width):
 def _collect(patterns, root, output=None):
     """Prints the table of the runs that match, and keeps it as runs.csv and their curves as figures/curves.png in the folder `output`."""
     home = outputs(root)
-    folders = [f for p in patterns for f in sorted(glob.glob(str(home / p)) or glob.glob(str(Path(p).resolve()))) if Path(f).is_dir()]
-    found = collected(folders, home)
-    if not found:
-        raise RunError(f"collect: no run in {' '.join(patterns) or 'nothing'}; allowed: folders of runs, as in duo-run collect 'train/*'")
+    of = {p: [f for f in sorted(glob.glob(str(home / p)) or glob.glob(str(Path(p).resolve()))) if Path(f).is_dir()] for p in patterns}
+    found = collected([folder for folders in of.values() for folder in folders], home)
+    if not found or not all(of.values()):
+        nothing = " ".join(patterns if not found else [p for p, folders in of.items() if not folders])
+        raise RunError(f"collect: no run in {nothing or 'nothing'}; allowed: folders of runs, as in duo-run collect 'train/*'")
     target = Run(Path(output).resolve() if output else home / "collect")
+    _check_writable(target.folder, root)
     _write(target.folder / "runs.csv", _csv([row for row, _ in found]))
     print(_folded([row for row, _ in found], shutil.get_terminal_size((150, 24)).columns))
     curves = [(row["run"], curve) for row, curve in found if curve and {"step", "valid_nll"} <= curve[0].keys()]
@@ -701,14 +734,15 @@ def _curves(curves):
 USAGE = """duo-run VERB/NAME [key=value ...] [--output DIR] [--restart] [--dry-run] [--smoke] [--slurm [option=value ...]]
   runs nbs/run/VERB.ipynb on parameters/VERB/NAME.yaml into outputs/VERB/NAME/
 
-  key=value      another value for one parameter; key=a,b,c runs once for each value, into VERB/NAME/key=a/ and so on
+  key=value      another value for one parameter; key=a,b,c runs once for each value, into VERB/NAME/key=a/ and so on;
+                 a text keeps its comma in two kinds of quotes: prompt='"a, b"'
   --output DIR   another folder for the results
   --restart      discards the results and checkpoints that are there; without it the same command goes on where it stopped
   --dry-run      says what would be run, or submitted, and starts nothing
   --smoke        two steps at tiny sizes on small copies of the data, after those of the runs that it needs, into outputs/smoke/
   --slurm        submits to SLURM, a sweep as an array; options of sbatch from parameters/slurm.yaml, or behind it: nodes=2 time=4:00:00
   --help         with VERB/NAME: its parameters; alone: this text
-  --list [WORD]  what can be run, and has the word in its name
+  --list [WORD]  what can be run, and has the word in its name: --list austen, --list 'train/*'
 
 duo-run collect 'VERB/*' [--output DIR]
   gathers many runs in one table and one figure (duo-run collect --help)
@@ -738,23 +772,39 @@ def _main(words):
         options, plain = getopt.gnu_getopt(words, "h", ["output=", "restart", "dry-run", "smoke", "list", "help"])
     except getopt.GetoptError as error:
         option = "-" * min(len(error.opt), 2) + error.opt
+        if "requires argument" in error.msg:
+            raise RunError(f"command line: {option}: given nothing; allowed: a folder, as in {option} DIR") from None
         raise RunError(f"command line: {option}; allowed: --output DIR, --restart, --dry-run, --smoke, --slurm, --list, --help") from None
     options = {"help" if name == "-h" else name[2:]: value for name, value in options}
     if "help" in options and not plain or not words:
         print(USAGE)
         return 0 if words else 2
+    for name in ("RANK", "SLURM_PROCID", "WORLD_SIZE", "SLURM_NTASKS"):
+        if not (os.environ.get(name) or "0").isdigit():
+            raise RunError(f"{name}: given {os.environ[name]}; allowed: a number, as torchrun or srun gives it")
+    if options.get("output") == "":
+        raise RunError("command line: --output: given nothing; allowed: a folder, as in --output DIR")
     root = find_root()
-    if "list" in options or "help" in options:
-        print(listing(root, plain) if "list" in options else COLLECT if plain[0] == "collect" else describe(plain[0], root))
+    if "list" in options:
+        print(listing(root, plain))
         return 0
-    if plain[:1] == ["collect"]:
-        return _collect(plain[1:], root, options.get("output"))
-    target, *overrides = plain or [""]
+    if not plain:
+        raise RunError("command line: no VERB/NAME; allowed: duo-run VERB/NAME [key=value ...], and duo-run --list shows what can be run")
+    target, *overrides = plain
+    if "help" in options:
+        if target != "collect" and (problems := read_overrides(overrides, read_parameters(find_target(target, root)[0]))[1]):
+            raise RunError(problems)
+        print(COLLECT if target == "collect" else describe(target, root))
+        return 0
+    if target == "collect":
+        if surplus := [f"--{name}" for name in (*options, *["slurm"] * (slurm is not None)) if name != "output"]:
+            raise RunError(f"command line: {surplus[0]} with collect; allowed: --output DIR, --help")
+        return _collect(overrides, root, options.get("output"))
     if "smoke" in options:
         if slurm is not None or len(options) > 1:
             raise RunError("command line: --smoke with other options; allowed: --smoke alone, after VERB/NAME and key=value")
         return _smoke(target, overrides, root)
-    world = None if slurm is None else read_slurm(root, slurm)[1]
+    world = None if slurm is None else read_slurm(root, slurm, read_parameters(find_target(target, root)[0]))[1]
     jobs, restart = plan(target, overrides, options.get("output"), root, world), "restart" in options
     return _start(jobs, root, restart, "dry-run" in options, slurm)
 
@@ -773,6 +823,7 @@ def _small_copies(folder, root):
 def _smoke(target, overrides, root):
     """Runs what the target needs and then itself, all `shrunk`, on small copies unless $DUO_DATA is set, into the folder smoke/ of the results; returns the exit status."""
     before, runs, home = dict(os.environ), needed(target, root), outputs(root) / "smoke"
+    _check_writable(home, root)
     os.environ |= {"DUO_OUTPUTS": str(home)} | ({} if "DUO_DATA" in before else _small_copies(home, root))
     try:
         return max(_start(plan(name, overrides if name == runs[-1] else (), root=root, smoke=True), root, True, False, None) for name in runs)
@@ -783,6 +834,8 @@ def _smoke(target, overrides, root):
 
 def _start(jobs, root, restart, dry, slurm):
     """Runs the jobs, or submits them with the options `slurm`, or says what it would do; returns the exit status."""
+    if slurm is None and jobs[0].swept and launcher():
+        raise RunError(f"command line: a sweep under {launcher()}; allowed: one run, or --slurm, which makes an array of the sweep")
     resumed = [_rank() == 0 and _prepare(job, root, restart) for job in jobs]
     if slurm is not None:
         return _submit(jobs, slurm, root, restart, dry)
@@ -790,8 +843,6 @@ def _start(jobs, root, restart, dry, slurm):
         print(table([{"command": job.command, "folder": relative(job.folder, root), "start": "goes on" if there else "anew"} for job, there in zip(jobs, resumed)]))
         return 0
     if jobs[0].swept:
-        if launcher():
-            raise RunError(f"command line: a sweep under {launcher()}; allowed: one run, or --slurm, which makes an array of the sweep")
         return _sweep(jobs, root, restart)
     job, clock = jobs[0], time.monotonic()
     if _rank():

@@ -140,7 +140,14 @@ COMMANDS = [
     (["toy/first", "flag=yes"], "command line: flag: given yes; allowed: true or false"),
     (["toy/first", "output=x"], "command line: output=x: choose the folder with --output DIR"),
     (["toy/first", "--fast"], "command line: --fast; allowed: --output DIR, --restart, --dry-run, --smoke, --slurm, --list, --help"),
-    (["toy/first", "--output"], "command line: --output; allowed: --output DIR, --restart, --dry-run, --smoke, --slurm, --list, --help"),
+    (["toy/first", "--output"], "command line: --output: given nothing; allowed: a folder, as in --output DIR"),
+    (["toy/first", "--output", ""], "command line: --output: given nothing; allowed: a folder, as in --output DIR"),
+    (["toy/first", "--output", "nbs/run/toy.ipynb/x"], "nbs/run/toy.ipynb: a file; allowed: a folder, or a name that does not exist yet"),
+    (["--dry-run"], "command line: no VERB/NAME; allowed: duo-run VERB/NAME [key=value ...], and duo-run --list shows what can be run"),
+    (["toy/first", "--slurm", "lr=1e-3"], "command line: lr=1e-3: lr is a parameter of the run; put it before --slurm"),
+    (["toy/first", "--slurm", "node=2"], "command line: node=2: no option of sbatch; did you mean nodes?"),
+    (["toy/first", "setps=1", "--help"], "command line: setps=1: unknown key; did you mean steps?"),
+    (["collect", "nbs", "--dry-run"], "command line: --dry-run with collect; allowed: --output DIR, --help"),
     (["toy/first", "--output", "nbs"], "nbs: holds run and is not the folder of a run; choose another --output"),
 ]
 
@@ -150,6 +157,17 @@ def test_a_wrong_command_is_refused_in_one_line(root, capsys, words, line):
     before = everything(root)
     assert refused(capsys, *words) == [line]
     assert everything(root) == before
+
+
+@pytest.mark.parametrize("name, value, words, line", [
+    ("DUO_OUTPUTS", "nbs/run/toy.ipynb", [], "nbs/run/toy.ipynb: a file; allowed: a folder, or a name that does not exist yet"),
+    ("RANK", "a", [], "RANK: given a; allowed: a number, as torchrun or srun gives it"),
+    ("TORCHELASTIC_RUN_ID", "1", ["lr=1,2"], "command line: a sweep under torchrun; allowed: one run, or --slurm, which makes an array of the sweep"),
+])
+def test_a_wrong_environment_is_refused_in_one_line(root, capsys, monkeypatch, name, value, words, line):
+    monkeypatch.setenv(name, value)
+    for more in ([], ["--dry-run"]):
+        assert refused(capsys, "toy/first", *words, *more) == [line]
 
 
 def test_all_problems_are_listed_at_once(root, capsys):
