@@ -83,10 +83,12 @@ def bits_per_dimension(nats, dimensions) -> Estimate:
 
 
 class Scores(NamedTuple):
-    """What each of n sequences cost: `nats`, `tokens` scored and `characters` scored (None where they are not known), (n,) float64 each."""
+    """What each of n sequences cost: `nats`, `tokens` scored and `characters` scored (None where they are not known), (n,) float64 each. `nats_se` is
+    the standard error of each sequence's nats over the draws that `nats` are the mean of (None where it was not measured)."""
     nats: torch.Tensor
     tokens: torch.Tensor
     characters: torch.Tensor | None = None
+    nats_se: torch.Tensor | None = None
 
     def perplexity(self) -> Estimate:
         """Token-weighted perplexity; the standard error is over sequences."""
