@@ -230,8 +230,7 @@ class UNet(nn.Module):
     """The U-Net of paper II's images: x, σ (B,) and labels (B,) → logits (B, L, K) with L = C·H·W, never narrower than float32.
 
     x is (B, L) values, (B, L, K) weights or (indices, weights), as in `pixels`. labels are 0 to num_classes, the last (and None) meaning no class;
-    they are
-    dropped at random in training. Raises ValueError where shapes, values or labels do not fit."""
+    they are dropped at random in training. Raises ValueError where shapes, values or labels do not fit."""
 
     def __init__(self, config):
         super().__init__()
