@@ -6,15 +6,16 @@
 __all__ = ['RANGES', 'CHECKS', 'SMOKE', 'RunError', 'find_root', 'relative', 'outputs', 'targets', 'find_target', 'Parameter',
            'read_parameters', 'read_yaml', 'read_overrides', 'read_keywords', 'check_ranges', 'check_data',
            'check_conditional', 'check_window', 'check_images', 'check_method', 'check_course', 'check_start',
-           'check_train', 'check_checkpoint', 'check_likelihood', 'check_sample', 'check_solve', 'check_puzzles',
-           'check_fid', 'check_harness', 'check_distil', 'check_methods', 'check_bench', 'launcher', 'processes',
-           'check_devices', 'check', 'shrunk', 'needed', 'Job', 'plan', 'table', 'listing', 'describe']
+           'check_train', 'check_checkpoint', 'check_weights', 'check_likelihood', 'check_sample', 'check_solve',
+           'check_puzzles', 'check_fid', 'check_harness', 'check_distil', 'check_methods', 'check_bench', 'launcher',
+           'processes', 'check_devices', 'check', 'shrunk', 'needed', 'Job', 'plan', 'table', 'listing', 'describe']
 
 # %% ../nbs/14_parameters.ipynb #66f8238d
 import ast
 import contextlib
 import csv
 import difflib
+import fnmatch
 import importlib.util
 import io
 import itertools
@@ -56,7 +57,7 @@ def relative(path, root):
 
 def outputs(root):
     """The folder of all results: `outputs/`, or where the variable `DUO_OUTPUTS` says."""
-    return (root / os.environ.get("DUO_OUTPUTS", "outputs")).resolve()
+    return (root / (os.environ.get("DUO_OUTPUTS") or "outputs")).resolve()
 
 
 def targets(root):
@@ -256,10 +257,15 @@ def _read_value(key, raw, node, parameters, loader):
         raise ValueError(f"given {raw or 'nothing'}{_hint(parameters[key], raw, value)}; {error}") from None
 
 
+_ALIASES = {"learning_rate": "lr"}
+
+
 def _unknown(key, parameters):
     """What to say of a key that the notebook does not have."""
     names = [name for name in parameters if name != "output"]
-    close = difflib.get_close_matches(key, names, 1, 0.7)
+    by_case = {name.lower(): name for name in reversed(names)}
+    asked = _ALIASES.get(key.lower().replace("-", "_"), key.lower())
+    close = [by_case[name] for name in [asked] * (asked in by_case) or difflib.get_close_matches(asked, by_case, 1, 0.6)]
     return f"unknown key; did you mean {close[0]}?" if close else f"unknown key; allowed: {', '.join(names)}"
 
 # %% ../nbs/14_parameters.ipynb #83afceef
@@ -286,6 +292,8 @@ def read_overrides(words, parameters):
                     values[key].append((part, parameters[key].parse(part)))
                 except ValueError as error:
                     problems.append(f"command line: {key}: given {part or 'nothing'}; {error}")
+            if len({json.dumps(value) for _, value in values[key]}) < len(values[key]):
+                problems.append(f"command line: {key}: given {text}; allowed: each value once")
     return values, problems
 
 
@@ -332,6 +340,16 @@ def _among(key, given, known, also=""):
     return f"{key}: given {given}; allowed: {', '.join(close + sorted(set(known) - set(close)))}{also}"
 
 
+_HUB_ALONE = re.compile(r"(albert|bert|camembert|ctrl|distil|gpt2|openai-gpt|roberta|t5|transfo-xl|xlm|xlnet)\b.*|distil\w+.*")  # the hub's names without an owner
+
+
+def _fetchable(name):
+    """Whether the hub may have a tokenizer of this name, or its cache here does."""
+    from huggingface_hub import constants
+
+    return "/" in name or bool(_HUB_ALONE.fullmatch(name)) or Path(constants.HF_HUB_CACHE, f"models--{name}").exists()
+
+
 def _bundled(name):
     """Whether `duo.data.tokenizer` finds this name without the network."""
     return name in ("char", "text8") or bool(re.fullmatch(r"bpe\d+", name)) or Path(name).is_dir()
@@ -343,6 +361,8 @@ def check_data(params):
     from duo.images import IMAGES, is_images
 
     problems, names = [], params.get("data") or []
+    if (copies := os.environ.get("DUO_DATA")) and not Path(copies).is_dir():
+        problems.append(f"DUO_DATA: given {copies}; allowed: a folder that exists, of copies of what is fetched")
     splits = params.get("splits") or ([params["split"]] if "split" in params else ["train", "valid"] if "max_steps" in params or "rounds" in params else [])
     for name in names if isinstance(names, list) else [names]:
         if name not in {**DATASETS, **IMAGES} and not Path(name).exists():
@@ -364,7 +384,7 @@ def check_data(params):
             tokenizer(name)
         except ValueError as error:
             problems.append(f"tokenizer: given {name}; {error}")
-    elif name is not None and difflib.get_close_matches(name, ["char", "text8", "bpe1024", "bpe2048"], 1, 0.7):
+    elif name is not None and (not _fetchable(name) or difflib.get_close_matches(name, ["char", "text8", "bpe1024", "bpe2048"], 1, 0.7)):
         problems.append(_among("tokenizer", name, ["char", "text8", "bpe1024", "bpe2048"], ", a folder or a name on the Hugging Face hub"))
     return problems
 
@@ -560,7 +580,10 @@ def check_checkpoint(params):
     given = f"checkpoint: given {params['checkpoint']}"
     for key in ("checkpoint", "judge"):
         if params.get(key) and not Path(params[key]).exists() and not _on_hub(params[key]):
-            out.append(f"{key}: given {params[key]}; allowed: a folder that exists, as duo-run train/NAME writes it, a Lightning .ckpt, or a name on the hub")
+            ours = re.match(r"outputs/([^/]+/[^/]+)/", params[key])
+            here = ours and Path("parameters", f"{ours[1]}.yaml").is_file()
+            out.append(f"{key}: given {params[key]}, which is not there; allowed after duo-run {ours[1]}" if here else
+                       f"{key}: given {params[key]}; allowed: a folder that exists, as duo-run train/NAME writes it, a Lightning .ckpt, or a name on the hub")
     if not folder.is_dir():
         return out
     try:
@@ -593,6 +616,20 @@ def check_checkpoint(params):
     return out
 
 
+def check_weights(params):
+    """Checkpoints here that `duo.hub.load` would refuse, as far as this shows without reading their weights."""
+    out = []
+    for key in ("checkpoint", "start", "judge"):
+        if params.get(key) and Path(params[key]).exists():
+            from duo.hub import examine
+
+            try:
+                examine(params[key], raw=params.get("averaged") is False)
+            except ValueError as error:
+                out.append(f"{key}: given {params[key]}; {error}")
+    return out
+
+
 def check_likelihood(params):
     """Those of `check_checkpoint`, and conditional data, of which a likelihood without the condition says nothing."""
     names = params["data"] if isinstance(params["data"], list) else [params["data"]]
@@ -606,9 +643,11 @@ _SAMPLER_KEYS = "sampler kappa eta alpha_on t_on t_off high low high_frac middle
 def check_sample(params):
     """Those of `check_checkpoint`, a sampler whose scalars do not go together (`samplers.make_sampler`) or that does not go with the checkpoint, a label
     for a model without labels, and strides that are none."""
-    from duo.samplers import make_sampler
+    from duo.samplers import KAPPAS, make_sampler
 
     out, path = check_checkpoint(params), Path(params["checkpoint"], "config.json")
+    if params.get("sampler") == "psi" and params.get("kappa") is None:
+        return out + [f"kappa: given null with sampler psi; allowed: a number from 0 to 1, or one of {', '.join(KAPPAS)}"]
     try:
         how = make_sampler(**{k: params[k] for k in _SAMPLER_KEYS if k in params})
     except ValueError as error:
@@ -684,7 +723,13 @@ def check_harness(params):
     if not params["tasks"]:
         out.append("tasks: given []; allowed: austen_cloze, austen_rolling and tasks of lm-evaluation-harness")
     if importlib.util.find_spec("lm_eval") is None:
-        out.append("tasks: lm-evaluation-harness is not installed; allowed: after pip install 'duo-diffusion[eval]'")
+        return out + ["tasks: lm-evaluation-harness is not installed; allowed: after pip install 'duo-diffusion[eval]'"]
+    from lm_eval.tasks import TaskManager
+
+    known = ["austen_cloze", "austen_rolling", *([] if {*params["tasks"]} <= {"austen_cloze", "austen_rolling"} else TaskManager().all_tasks)]
+    for name in {*params["tasks"]} - {*known}:
+        close = difflib.get_close_matches(name, known, 3, 0.6)
+        out.append(f"tasks: given {name}; allowed: {', '.join(close) or 'austen_cloze, austen_rolling'} and other tasks of lm-evaluation-harness")
     return out
 
 
@@ -749,7 +794,7 @@ def _gpus():
 def processes(devices=None):
     """How many processes train together: as the launcher says, else one for each of `devices` (None: all GPUs, or one)."""
     started = {"torchrun": "WORLD_SIZE", "srun": "SLURM_NTASKS"}.get(launcher())
-    return int(os.environ[started]) if started else devices or max(1, _gpus())
+    return int(os.environ.get(started) or 1) if started else devices or max(1, _gpus())
 
 
 def check_devices(params, world=None):
@@ -776,11 +821,14 @@ def check(verb, params, root, world=None):
     """The problems that `check_ranges`, `check_devices` (for `world` processes, if the launcher is yet to come) and `CHECKS[verb]` find, as
     "key: …"; paths in the parameters are relative to the root."""
     problems = check_ranges(params)
+    out_of_range = {problem.partition(":")[0] for problem in problems}
     if "devices" in params and not problems:
         problems += check_devices(params, world)
     with contextlib.chdir(root):
         try:
-            return problems + list(CHECKS[verb](params) or []) if verb in CHECKS else problems
+            found = list(CHECKS[verb](params) or []) if verb in CHECKS else []
+            problems += [problem for problem in found if not out_of_range & {*re.findall(r"\w+", problem)}]
+            return problems
         except KeyError as error:
             return problems + [f"{error.args[0]}: missing from the parameters cell of nbs/run/{verb}.ipynb; the check of {verb} needs it"]
         except ValueError as error:
@@ -856,6 +904,15 @@ def _at_home(value, root):
     return (there.relative_to(root).as_posix() if there.is_relative_to(root) else str(there)) if there.exists() else value
 
 
+def _blamed(problem, chosen, source, where):
+    """A problem "key: …" behind its place: the file, the variable, or the `source` of the `chosen` values, of which one may be the cause of what is wrong with another key."""
+    key, _, rest = problem.partition(":")
+    if key in chosen or key.startswith("DUO_"):
+        return f"{source}: {problem}" if key in chosen else problem
+    causes = [f"{name}={text}" for name, (text, _) in chosen.items() if name in re.findall(r"\w+", rest)]
+    return f"{source}: {' '.join(causes)} with the file's {problem}; add {key}=..." if causes else f"{where}: {problem}"
+
+
 def plan(target, given=(), output=None, root=None, world=None, smoke=False):
     """The jobs of a command, all of them checked: the values of the YAML file (`shrunk` where `smoke`), those `given` over them (words `key=value`,
     or a dict of values), one job for each combination of a sweep; `world` is the number of processes that a launcher will start.
@@ -879,7 +936,7 @@ def plan(target, given=(), output=None, root=None, world=None, smoke=False):
         command = shlex.join(["duo-run", target, *(_word(parameters[k], *chosen[k]) for k in chosen)])
         jobs.append(Job(target, notebook, params, folder / _folder_name(swept), command, swept))
         for problem in check(notebook.stem, params, root, world):
-            problems.append(f"{source if problem.partition(':')[0] in over else where}: {problem}")
+            problems.append(_blamed(problem, chosen, source, where))
     if len({job.folder for job in jobs}) < len(jobs):
         problems.append(f"command line: two runs of the sweep share a folder, {relative(folder, root)}; give each value once")
     if problems:
@@ -907,8 +964,11 @@ def _first_line(path):
 
 
 def listing(root, words=()):
-    """Everything that can be run, or what has all of the words in its name, with the first line of each parameter file, as a table."""
-    named = [target for target in targets(root) if all(word in target for word in words)]
+    """Everything that can be run, or what has all of the words in its name or matches them ("train/*"), with the first line of each parameter file, as a table.
+    Raises `RunError` where there is none."""
+    named = [target for target in targets(root) if all(word in target or fnmatch.fnmatch(target, word) for word in words)]
+    if not named:
+        raise RunError(f"--list {' '.join(words)}: nothing has this in its name; duo-run --list shows all {len(targets(root))}")
     return table([{"": target, " ": _first_line(root / "parameters" / f"{target}.yaml")} for target in named]).strip()
 
 

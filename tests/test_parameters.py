@@ -4,7 +4,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from duo.parameters import check, read_parameters, read_yaml
+from duo.parameters import RunError, check, plan, read_parameters, read_yaml
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((REPOSITORY / "nbs/run").glob("*.ipynb"))
@@ -56,6 +56,10 @@ WRONG = [  # a file, what is changed in it, the key that the one line names
     ("sample/austen_duo_rescale", {"low_eta": 0.1, "high_frac": 0.5, "middle_frac": 0.4}, "sampler"),
     ("fid/twemoji_duo", {"hold": 0.9}, "sampler"),
     ("likelihood/austen_duo", {"layout": "padded", "separator": "none"}, "separator"),
+    ("train/austen_duo", {"max_steps": -3}, "max_steps"),
+    ("train/austen_duo", {"tokenizer": "foo"}, "tokenizer"),
+    ("sample/austen_duo", {"top_p": 2.0}, "top_p"),
+    ("sample/austen_duo", {"sampler": "psi"}, "kappa"),
 ]
 
 
@@ -65,3 +69,24 @@ def test_what_does_not_go_together_is_refused_in_one_line(name, change, key):
     values, _ = read_yaml(REPOSITORY / f"parameters/{name}.yaml", read_parameters(REPOSITORY / f"nbs/run/{verb}.ipynb"), REPOSITORY)
     problems = check(verb, values | change, REPOSITORY)
     assert [p.split(":")[0] for p in problems] == [key] and "\n" not in problems[0], problems
+
+
+@pytest.mark.parametrize("name, words, line", [
+    ("train/austen_duo", ["max_steps=3"], "command line: max_steps=3 with the file's curriculum_steps: given "),
+    ("sample/owt_duo", [], "parameters/sample/owt_duo.yaml: checkpoint: given outputs/train/owt_duo/checkpoints, which is not there; allowed after duo-run train/owt_duo"),
+])
+def test_a_problem_names_its_cause(name, words, line, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    monkeypatch.delenv("DUO_OUTPUTS", raising=False)
+    with pytest.raises(RunError) as refused:
+        plan(name, words)
+    assert refused.value.problems[0].startswith(line), refused.value.problems
+
+
+def test_a_missing_folder_of_copies_and_an_empty_file_are_refused(tmp_path, monkeypatch):
+    values, _ = read_yaml(REPOSITORY / "parameters/train/austen_duo.yaml", read_parameters(REPOSITORY / "nbs/run/train.ipynb"), REPOSITORY)
+    (tmp_path / "nothing.txt").touch()
+    assert check("train", values | {"data": str(tmp_path / "nothing.txt")}, REPOSITORY)[0].endswith("no text in it, 0 bytes")
+    monkeypatch.setenv("DUO_DATA", str(tmp_path / "nowhere"))
+    problem, = check("train", values, REPOSITORY)
+    assert problem.startswith("DUO_DATA: given ") and "\n" not in problem

@@ -132,7 +132,11 @@ COMMANDS = [
     (["toy/first", "lr=high"], "command line: lr: given high; allowed: float"),
     (["toy/first", "steps=1.5"], "command line: steps: given 1.5; allowed: int"),
     (["toy/first", "steps=1,0"], "command line: steps: given 0; allowed: at least 1"),
-    (["toy/first", "steps=1,1"], "command line: two runs of the sweep share a folder, outputs/toy/first; give each value once"),
+    (["toy/first", "steps=1,1"], "command line: steps: given 1,1; allowed: each value once"),
+    (["toy/first", "lr=0.001,1e-3"], "command line: lr: given 0.001,1e-3; allowed: each value once"),
+    (["toy/first", "learning_rate=1"], "command line: learning_rate=1: unknown key; did you mean lr?"),
+    (["toy/first", "LR=1"], "command line: LR=1: unknown key; did you mean lr?"),
+    (["--list", "zzz"], "--list zzz: nothing has this in its name; duo-run --list shows all 2"),
     (["toy/first", "stesp=1"], "command line: stesp=1: unknown key; did you mean steps?"),
     (["toy/first", "steps"], "command line: steps: allowed: key=value"),
     (["toy/first", "steps=1", "steps=2"], "command line: steps=2: steps is given twice; allowed: each key once"),
@@ -161,6 +165,7 @@ def test_a_wrong_command_is_refused_in_one_line(root, capsys, words, line):
 
 @pytest.mark.parametrize("name, value, words, line", [
     ("DUO_OUTPUTS", "nbs/run/toy.ipynb", [], "nbs/run/toy.ipynb: a file; allowed: a folder, or a name that does not exist yet"),
+    ("DUO_OUTPUTS", "", ["steps=0"], "command line: steps: given 0; allowed: at least 1"),
     ("RANK", "a", [], "RANK: given a; allowed: a number, as torchrun or srun gives it"),
     ("TORCHELASTIC_RUN_ID", "1", ["lr=1,2"], "command line: a sweep under torchrun; allowed: one run, or --slurm, which makes an array of the sweep"),
 ])
@@ -200,7 +205,7 @@ def test_a_wrong_parameters_cell_is_refused(root, capsys, cells, words):
 def test_help_and_list(root, capsys):
     assert runs.main(["--list"]) == runs.main(["toy/first", "--help"]) == runs.main(["--help"]) == 0
     out = capsys.readouterr().out
-    assert runs.main(["--list", "nes"]) == runs.main(["collect", "--help"]) == 0
+    assert runs.main(["--list", "nes*/*"]) == runs.main(["collect", "--help"]) == 0
     listed, _, help = capsys.readouterr().out.partition("\n")
     assert listed == "nested/first  One in another" and help.startswith("duo-run collect FOLDER")
     assert "toy/first     The first" in out and "steps, at least 1" in out and 'Literal["good", "bad", "dead", "slow"]' in out
