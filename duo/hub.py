@@ -14,6 +14,7 @@ import json
 import math
 import os
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -311,19 +312,42 @@ def save(model: Model, directory, raw=None, dtype: torch.dtype = torch.float32, 
     if raw is not None:
         files["raw.safetensors"] = raw.state_dict() if isinstance(raw, torch.nn.Module) else raw
     files["model.safetensors"] = model.net.state_dict()
+    new = directory / ".new"
     try:
+        _settle(directory)
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir()
         for name, content in files.items():
-            _write(directory / f".{name}.tmp", content, dtype)
-        for name in files:
-            os.replace(directory / f".{name}.tmp", directory / name)
+            _write(new / name, content, dtype)
+        os.replace(new, directory / _SAVED)
     except (OSError, SafetensorError) as err:
         raise OSError(f"save: {directory} could not be written ({err}); the files that were there are kept") from None
     finally:
-        for name in files:
-            (directory / f".{name}.tmp").unlink(missing_ok=True)
-    if raw is None:
-        (directory / "raw.safetensors").unlink(missing_ok=True)  # of an earlier model
+        shutil.rmtree(new, ignore_errors=True)
+    _settle(directory)
     return directory
+
+
+_SAVED, _RAW = ".saved", "raw.safetensors"  # where a model lies that is whole, but not yet at its place
+
+
+def _settle(directory: Path):
+    """Moves the files of a save that are whole to their place, and drops the raw weights of the model before; a load in between reads the new ones."""
+    if not (saved := directory / _SAVED).is_dir():
+        return
+    names = sorted(path.name for path in saved.iterdir())
+    if names and _RAW not in names:
+        (directory / _RAW).unlink(missing_ok=True)
+    for name in sorted(names, key=_RAW.__eq__):  # raw weights last, see `_at`
+        os.replace(saved / name, directory / name)
+    saved.rmdir()
+
+
+def _at(directory: Path, name: str) -> Path:
+    """Where a file of a checkpoint lies, also after a save that died while moving."""
+    saved = directory / _SAVED
+    dropped = name == _RAW and saved.is_dir() and any(saved.iterdir())
+    return saved / name if dropped or (saved / name).exists() else directory / name
 
 
 def _write(path: Path, content, dtype: torch.dtype):
@@ -649,7 +673,7 @@ def _ours(path: Path, weights: dict, prefix: str) -> Model:
 
 def _is_published(directory: Path) -> bool:
     """Whether a directory's weights have the authors' names."""
-    with contextlib.suppress(SafetensorError, OSError), safe_open(directory / "model.safetensors", "pt") as file:
+    with contextlib.suppress(SafetensorError, OSError), safe_open(_at(directory, "model.safetensors"), "pt") as file:
         return any(name.startswith("backbone.") for name in file.keys())
     return False
 
@@ -689,18 +713,18 @@ def load(source, raw: bool = False, device="cpu", **settings) -> Model:
         return _published(directory, raw, settings).to(device)
     if settings:
         raise ValueError(f"load: {', '.join(settings)} cannot be given for {directory}, whose config.json says it")
-    if raw and not (directory / "raw.safetensors").exists() and (directory / "last.ckpt").is_file():
+    if raw and not _at(directory, _RAW).exists() and (directory / "last.ckpt").is_file():
         return load(directory / "last.ckpt", raw, device)
     model = _empty(directory)
-    weights = _weights(directory / ("raw.safetensors" if raw else "model.safetensors"), model.net.state_dict())
+    weights = _weights(_at(directory, _RAW if raw else "model.safetensors"), model.net.state_dict())
     model.net.load_state_dict(weights, assign=True)
     return model.to(device)
 
 
 def _empty(directory: Path) -> Model:
     """The `Model` that a directory's config.json and tokenizer.json describe, its network on the meta device."""
-    config = _config(directory / "config.json")
-    vocabulary = _text(directory / "tokenizer.json")
+    config = _config(_at(directory, "config.json"))
+    vocabulary = _text(_at(directory, "tokenizer.json"))
     try:
         tokenizer = tokenizer_from_json(vocabulary)
     except Exception as err:  # also the tokenizers library's own kinds
@@ -775,7 +799,7 @@ def _weights(path: Path, expected: dict) -> dict:
 def load_judge(source, device="cpu"):
     """What `metrics.generative_perplexity` takes as a judge: the `Model` in a directory that `save` wrote or in a .ckpt, which must be autoregressive, else the causal language model
     of transformers of this name or directory, such as gpt2-large (`metrics.CausalLM`, loaded once). Raises ValueError in one line where there is none."""
-    config = Path(source) / "config.json"
+    config = _at(Path(source), "config.json")
     if not Path(source).is_file() and not (config.is_file() and "method" in _config_of(config)):
         return judge_of(str(source))
     model = load(source, device=device)
