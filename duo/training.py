@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LOGGERS', 'key', 'generator_for', 'corrupted', 'whole', 'bound', 'given', 'ar_loss', 'Training', 'learning_rate',
-           'update_ema', 'Steps', 'HeldOut', 'AtomicCheckpoints', 'Interrupted', 'Progress', 'group', 'share',
-           'strategy_for', 'Trackio', 'logger_for', 'fit', 'summary']
+           'update_ema', 'Steps', 'HeldOut', 'Interrupted', 'Progress', 'Checkpoint', 'AtomicCheckpoints', 'Divided',
+           'group', 'share', 'strategy_for', 'Trackio', 'logger_for', 'fit', 'summary']
 
 # %% ../nbs/09_training.ipynb #2c6dc998
 import contextlib
@@ -17,6 +17,8 @@ import logging
 import math
 import multiprocessing
 import os
+import pickle
+import shutil
 import signal
 import sys
 import threading
@@ -32,7 +34,10 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_only
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch.utils.data import DataLoader, IterableDataset
 from tqdm import tqdm
 
@@ -273,21 +278,6 @@ class HeldOut(IterableDataset):
                 yield self.rows[rows], i, first if size else 0, n, size, _rows(self.more, rows)
 
 
-class AtomicCheckpoints(TorchCheckpointIO):
-    """Checkpoints are written beside their place and renamed, so the file of that name is always whole."""
-
-    def save_checkpoint(self, checkpoint, path, storage_options=None):
-        """Write `checkpoint` to `path`, or leave what is there as it was."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".tmp")
-        try:
-            torch.save(checkpoint, temporary)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-
-
 class Interrupted(Exception):
     """A training that was asked to stop, and has left a checkpoint."""
 
@@ -405,6 +395,130 @@ class Progress(Callback):
         trainer.save_checkpoint(self.last)
 
 # %% ../nbs/09_training.ipynb #c112be88
+def _mapped(tree, what, name=""):
+    """The tree of dicts and lists with `what(name, tensor)` in place of each tensor, whose name is the way to it, a/b/c."""
+    if isinstance(tree, dict):
+        return {k: _mapped(v, what, f"{name}/{k}") for k, v in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return type(tree)(_mapped(v, what, f"{name}/{i}") for i, v in enumerate(tree))
+    return what(name[1:], tree) if isinstance(tree, torch.Tensor) else tree
+
+
+class Checkpoint:
+    """A training checkpoint: `state` is the tree in the file `path`, whose tensors have no values where they are divided into shards. Values are
+    read when they are asked for. Raises ValueError in one line that names a file which is missing or not whole."""
+
+    def __init__(self, path):
+        self.path = Path(path)
+        self.state = self._opened(self.path, lambda file: torch.load(file, map_location="cpu", weights_only=True, mmap=True))
+        self.shards = [self._opened(self.path.parent / name, lambda file: safe_open(file, "pt")) for name in self.state.pop("shards", ())]
+
+    def _opened(self, file, read):
+        """What `read(file)` returns."""
+        try:
+            return read(file)
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
+            part = "" if file == self.path else f", a part of {self.path.name}"
+            why = "missing" if not file.exists() else f"damaged ({' '.join(str(error).split())[:100]})"
+            raise ValueError(f"{file}: {why}{part}; --restart begins anew") from None
+
+    def rows(self, name, tensor, start=0, stop=None):
+        """Rows `start` to `stop` of the `tensor` of that name in the tree, a copy."""
+        if not tensor.is_meta:
+            return (tensor[start:stop] if tensor.dim() else tensor).clone()
+        out, stop = [], len(tensor) if stop is None else stop
+        for shard in self.shards:
+            part = shard.get_slice(name)
+            n = part.get_shape()[0]
+            out.append(part[min(max(start, 0), n):min(max(stop, 0), n)])
+            start, stop = start - n, stop - n
+        return torch.cat(out)
+
+    def whole(self, *keys):
+        """The tree, or these keys of it, with the values of all tensors."""
+        return _mapped({k: self.state[k] for k in keys or self.state}, self.rows)
+
+
+class AtomicCheckpoints(TorchCheckpointIO):
+    """Checkpoints are written beside their place and renamed, so the file of that name is always whole."""
+
+    def save_checkpoint(self, checkpoint, path, storage_options=None):
+        """Write `checkpoint` to `path`, or leave what is there as it was; then remove shards that are not its own."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(path.name + ".tmp")
+        try:
+            torch.save(checkpoint, temporary)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        for folder in path.parent.glob(f"{path.stem}.*.shards"):
+            if not any(name.startswith(folder.name) for name in checkpoint.get("shards", ())):
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def load_checkpoint(self, path, map_location=None, weights_only=None):
+        """The checkpoint, whole, on the CPU."""
+        return Checkpoint(path).whole()
+
+
+class Divided(ModelParallelStrategy):
+    """Lightning's strategy for weights that are divided over `world` processes (FSDP2), each of which writes and reads its own rows of a checkpoint."""
+
+    def __init__(self, world):
+        super().__init__(data_parallel_size=world, tensor_parallel_size=1)
+
+    def lightning_module_state_dict(self):
+        """The divided weights."""
+        return self.model.state_dict()
+
+    def optimizer_state(self, optimizer):
+        """The divided moments."""
+        return optimizer.state_dict()
+
+    def save_checkpoint(self, checkpoint, filepath, storage_options=None):
+        """Every process writes its rows; when all have done so, the first one writes the tree."""
+        path, mine = Path(filepath), {}
+        folder = self.broadcast(f"{path.stem}.{checkpoint['global_step']}.{os.urandom(4).hex()}.shards")
+        names = [f"{folder}/{rank}-of-{self.world_size}.safetensors" for rank in range(self.world_size)]
+
+        def take(name, tensor):
+            if not hasattr(tensor, "to_local"):
+                return tensor
+            mine[name] = tensor.to_local().cpu().contiguous()
+            return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+
+        tree = _mapped(checkpoint, take) | {"shards": names}
+        (path.parent / folder).mkdir(parents=True, exist_ok=True)
+        save_file(mine, path.parent / names[self.global_rank])
+        self.barrier()
+        if self.is_global_zero:
+            self.checkpoint_io.save_checkpoint(tree, path)
+
+    @torch.no_grad()
+    def load_checkpoint(self, checkpoint_path, weights_only=None):
+        """Reads this process' rows into the weights and the optimizers, whoever wrote them; returns the tree."""
+        found = Checkpoint(checkpoint_path)
+
+        def fill(tensor, name, value):
+            if not hasattr(tensor, "to_local"):
+                return tensor.copy_(found.rows(name, value))
+            first, local = -(-len(tensor) // self.world_size) * self.global_rank, tensor.to_local()
+            local.copy_(found.rows(name, value, first, first + len(local)))
+            return tensor
+
+        for name, weight in self.model.state_dict().items():
+            fill(weight, f"state_dict/{name}", found.state["state_dict"][name])
+        for i, optimizer in enumerate(self.optimizers):
+            weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+
+            def moment(name, value):
+                weight = weights[int(name.split("/")[3])]
+                return fill(torch.zeros_like(weight), name, value) if value.shape == weight.shape else value
+
+            optimizer.load_state_dict(_mapped(found.state["optimizer_states"][i], moment, f"/optimizer_states/{i}"))
+        return found.state
+
+# %% ../nbs/09_training.ipynb #b33afa04
 def group(devices=None):
     """(environment, world, nodes): Lightning's cluster environment, the number of processes and of machines. torchrun and srun have decided;
     otherwise `devices` of this machine (None: all GPUs, or one CPU process)."""
@@ -426,16 +540,16 @@ def share(batch_size, device_batch_size, world):
 
 
 def strategy_for(name, world, environment):
-    """Lightning's strategy "auto" (ddp), "ddp" or "fsdp" for `world` processes. Raises ValueError where fsdp would have to start them itself."""
+    """Lightning's strategy "auto" (ddp), "ddp" or "fsdp" for `world` processes. Raises ValueError where fsdp would have to start them itself, or is not there."""
     if world == 1:
         return "auto"
     if name == "fsdp":
-        from lightning.pytorch.strategies import ModelParallelStrategy
-
         if not environment.creates_processes_externally:
             raise ValueError("strategy: given fsdp in one process; allowed: under torchrun or srun, e.g. torchrun --standalone "
                              f"--nproc-per-node {world} --no-python duo-run ...")
-        return ModelParallelStrategy(data_parallel_size=world, tensor_parallel_size=1, save_distributed_checkpoint=False)
+        if not torch.cuda.is_available() and not hasattr(torch.cpu.Stream, "record_event"):
+            raise ValueError(f"strategy: given fsdp without a GPU under torch {torch.__version__}; allowed: auto, ddp, or torch 2.7 and later")
+        return Divided(world)
     return "ddp" if environment.creates_processes_externally else "ddp_notebook"
 
 # %% ../nbs/09_training.ipynb #b76ff832
@@ -567,25 +681,26 @@ def _started_from(last, trainer, module, launched):
     if launched:
         trainer.strategy.connect(module)
         trainer.strategy.setup_environment()
-    start = torch.load(last, map_location="cpu", weights_only=True, mmap=True)["global_step"] if trainer.is_global_zero and last.exists() else None
+    start = Checkpoint(last).state["global_step"] if trainer.is_global_zero and last.exists() else None
     return trainer.strategy.broadcast(start) if launched else start
 
 
 def _finished(module, last, max_steps):
     """Loads what the checkpoint `last` holds into the module, on the CPU and whole; its `summary`. Raises KeyboardInterrupt before `max_steps`."""
-    state = torch.load(last, map_location="cpu", weights_only=True) if last.exists() else {"global_step": 0}
-    if state["global_step"] < max_steps:
-        raise KeyboardInterrupt(f"stopped after step {state['global_step']}; the same command goes on from there")
+    found = Checkpoint(last) if last.exists() else None
+    step = found.state["global_step"] if found else 0
+    if step < max_steps:
+        raise KeyboardInterrupt(f"stopped after step {step}; the same command goes on from there")
     for name, net in module.named_children():
         if _sharded(net):
-            setattr(module, name, (DiT if isinstance(net, DiT) else UNet)(net.config).requires_grad_(name == "net"))
-    module.load_state_dict(state["state_dict"])
+            setattr(module, name, (DiT if isinstance(net, DiT) else UNet)(net.config).train(net.training).requires_grad_(name == "net"))
+    module.load_state_dict(found.whole("state_dict")["state_dict"])
     return summary(last)
 
 
 def summary(checkpoint):
     """What a training checkpoint says of its run: steps, tokens, seconds, last and best validation nats."""
-    state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+    state = Checkpoint(checkpoint).state
     (rows, seconds), = [(c["rows"], c["seconds"]) for name, c in state["callbacks"].items() if name == "Progress"]
     best = min(rows, key=lambda row: row["valid_nll"])
     return {"steps": state["global_step"], "tokens": rows[-1]["tokens"], "seconds": seconds, "valid_nll": rows[-1]["valid_nll"],
