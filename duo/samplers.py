@@ -596,22 +596,8 @@ def _forget(process, sampler, x, psi, step, free, generator):
 
 
 @torch.no_grad()
-def sample(
-    denoiser,
-    process,
-    schedule,
-    shape,
-    steps,
-    sampler=Ancestral(),
-    tail="sample",
-    top_p=1.0,
-    prompt=None,
-    generator=None,
-    callback=None,
-    device=None,
-    temperature=1.0,
-    stop=None,
-):
+def sample(denoiser, process, schedule, shape, steps, sampler=Ancestral(), tail="sample", top_p=1.0, prompt=None, generator=None, callback=None,
+           device=None, temperature=1.0, stop=None):
     """(B, L) tokens after exactly `steps` network calls, the last one (to α_s = 1) included; fewer with a cache or with `stop`.
 
     `denoiser(xt (B, L), sigma (B,)) -> logits (B, L, K)`, sigma = −log α_t; or `LogScores`. `sampler`: one of the table above (for FirstHitting
@@ -622,11 +608,8 @@ def sample(
     denoiser, scores = (denoiser.denoiser, True) if isinstance(denoiser, LogScores) else (denoiser, False)
     check_sampler(sampler, process, getattr(getattr(denoiser, "config", None), "time_conditioning", False), scores, tail, top_p, temperature, stop)
     if isinstance(sampler, (AutoRegressive, FirstHitting)):
-        options = dict(steps=steps, top_p=top_p, prompt=prompt, generator=generator, callback=callback, device=device, temperature=temperature)
-        if isinstance(sampler, FirstHitting):
-            return sample_first_hitting(denoiser, process, shape, **options)
-        bos = process.mask_id if sampler.bos is None and process is not None else sampler.bos
-        return sample_ar(denoiser, shape, bos, draw=tail == "sample", cache=sampler.cache, **options)
+        return _one_by_one(denoiser, process, shape, sampler, tail, steps=steps, top_p=top_p, prompt=prompt, generator=generator, callback=callback,
+                           device=device, temperature=temperature)
     device = _device(denoiser, prompt, generator, device)
     tokens, fixed = _clamped(prompt, shape, device, process.vocab_size, process.mask_id)
     walk, free, (body, head) = plan(schedule, steps, sampler), ~fixed, _parts(denoiser)
@@ -647,8 +630,7 @@ def sample(
         if stop is not None and not step.refresh:
             memory = stop.update(memory, process, logits(), old, step.alpha_t, where)
             done = (memory[0] >= stop.calls)[:, None]
-            at = done.expand(shape)[where].nonzero()[:, 0]
-            new[at] = choose(lambda ids=None: logits(at if ids is None else at[ids]), xt[at], step._replace(alpha_s=1.0))
+            _finish(new, done.expand(shape)[where].nonzero()[:, 0], choose, logits, xt, step)
             x[where], free = new, free & ~done
             if not free.any():
                 break
@@ -659,6 +641,19 @@ def sample(
                 psi = psi.masked_fill(forget, math.inf)
                 psi[where] = _confidence(process, logits, new)
     return x
+
+
+def _one_by_one(denoiser, process, shape, sampler, tail, **options):
+    """`sample` where a call writes one token of each sequence."""
+    if isinstance(sampler, FirstHitting):
+        return sample_first_hitting(denoiser, process, shape, **options)
+    bos = process.mask_id if sampler.bos is None and process is not None else sampler.bos
+    return sample_ar(denoiser, shape, bos, draw=tail == "sample", cache=sampler.cache, **options)
+
+
+def _finish(new, at, choose, logits, xt, step):
+    """Replaces the tokens `at` of `new` (n,) by what the last step would make of them."""
+    new[at] = choose(lambda ids=None: logits(at if ids is None else at[ids]), xt[at], step._replace(alpha_s=1.0))
 
 
 def _rows(answer, where, head, convert, xt):
