@@ -189,12 +189,13 @@ def _filled(table, top, scale, slot, a, b, d):
 
 @functools.cache
 def _compiled(function):
-    "torch.compile of `function`; the function itself, with one warning, where that fails."
+    "torch.compile of `function`; the function itself, with one warning, where that fails for another reason than a want of memory."
     fast, broken = torch.compile(function, dynamic=True), []
     def call(*args):
         if broken: return function(*args)
         try:
             return fast(*args)
+        except torch.OutOfMemoryError: raise
         except Exception as e:
             warnings.warn(f"{function.__name__} is not compiled: {str(e).strip().splitlines()[0]}")
             broken.append(e)
