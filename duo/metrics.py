@@ -459,7 +459,7 @@ def frontier(points, y: str = "generative_perplexity", ax=None, real: str = "rea
         ax.errorbar([p["entropy"] for p in line], [p[y] for p in line], *errors[::-1], marker=marker, ms=5, lw=1.2, elinewidth=0.7, color=colour, label=method)
         for p in dict.fromkeys((0, len(line) - 1)):
             if steps := line[p].get("steps"):
-                ax.annotate(str(steps), (line[p]["entropy"], line[p][y]), xytext=(5, 5), textcoords="offset points", fontsize=8, color=colour,
+                ax.annotate(str(steps), (line[p]["entropy"], line[p][y]), xytext=(5, -11 if p else 5), textcoords="offset points", fontsize=8, color=colour,
                             path_effects=_halo())
     stars = [p for p in points if p["method"] == real]
     if stars:
