@@ -615,7 +615,10 @@ def sample(denoiser, process, schedule, shape, steps, sampler=Ancestral(), tail=
     walk, free, (body, head) = plan(schedule, steps, sampler), ~fixed, _parts(denoiser)
     choose = _chooser(process, sampler, tail, top_p, temperature, generator)
     x = torch.where(fixed, tokens, process.sample_prior(shape, generator=generator, device=device))
-    read, memory, convert = _Reader(body, sampler.cache), None, scores and not isinstance(sampler, Analytic)
+    read, memory = _Reader(body, sampler.cache), None
+    convert = (lambda l, z, alpha_t: loo_from_score(process, l, z, alpha_t)) if scores and not isinstance(sampler, Analytic) else None
+    if not scores and process.mask_id is not None and not process.hides_mask:  # noise of several kinds: the mask is no text
+        convert = lambda l, z, alpha_t: l.index_fill(-1, torch.tensor(process.mask_id, device=l.device), -math.inf)
     psi = x.new_full(shape, math.inf, dtype=torch.float64) if isinstance(sampler.kappa, Conf) else None
     told = prompt is not None and getattr(getattr(denoiser, "config", None), "token_sigma", False)
     for step in walk:
@@ -625,7 +628,7 @@ def sample(denoiser, process, schedule, shape, steps, sampler=Ancestral(), tail=
         if read(x, sigma, where.any(1) if sampler.cache or stop is not None else None) and callback is not None:
             callback(step, x, head(read.answer))
         xt, old, x = x[where], x, x.clone()
-        logits = _rows(read.answer, where, head, (lambda l, z: loo_from_score(process, l, z, step.alpha_t)) if convert else None, xt)
+        logits = _rows(read.answer, where, head, convert, xt, step.alpha_t)
         x[where] = new = choose(logits, xt, step)
         if stop is not None and not step.refresh:
             memory = stop.update(memory, process, logits(), old, step.alpha_t, where)
@@ -656,13 +659,13 @@ def _finish(new, at, choose, logits, xt, step):
     new[at] = choose(lambda ids=None: logits(at if ids is None else at[ids]), xt[at], step._replace(alpha_s=1.0))
 
 
-def _rows(answer, where, head, convert, xt):
+def _rows(answer, where, head, convert, xt, alpha_t=None):
     """The function (ids (n,), or None for all) -> logits (n, K) of the tokens `where` (B, L), counted in order; the others are not projected."""
     flat, at = answer.flatten(0, 1), where.flatten().nonzero()[:, 0]
 
     def logits(ids=None):
         out = head(flat[at if ids is None else at[ids]])
-        return out if convert is None else convert(out, xt if ids is None else xt[ids])
+        return out if convert is None else convert(out, xt if ids is None else xt[ids], alpha_t)
 
     return logits
 
