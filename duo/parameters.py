@@ -784,6 +784,13 @@ def launcher():
     return "torchrun" if "TORCHELASTIC_RUN_ID" in os.environ else "srun" if "SLURM_STEP_ID" in os.environ else None
 
 
+def _fsdp_without_gpu():
+    """Whether this torch can divide a network over processes that have no GPU, as 2.7 and later can."""
+    import torch
+
+    return hasattr(torch.cpu.Stream, "record_event")
+
+
 def _gpus():
     """The GPUs of this machine."""
     import torch
@@ -810,6 +817,8 @@ def check_devices(params, world=None):
     if p["strategy"] == "fsdp" and world > 1 and not launched:
         out.append(f"strategy: given fsdp in one process; allowed: under torchrun or srun, as in "
                    f"torchrun --standalone --nproc-per-node {world} --no-python duo-run ...")
+    if p["strategy"] == "fsdp" and world > 1 and launcher() and not _gpus() and not _fsdp_without_gpu():
+        out.append("strategy: given fsdp without a GPU; allowed: auto, ddp, or fsdp under torch 2.7 and later")
     if p["strategy"] == "fsdp" and p.get("compile"):
         out.append("compile: given true with strategy fsdp; allowed: false")
     if (name := p.get("logger", "csv")) != "csv" and importlib.util.find_spec(name) is None:
