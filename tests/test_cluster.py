@@ -47,7 +47,7 @@ def train(folder, strategy="auto", kind=Batches):
 
 
 def distil(folder, strategy="auto", stops=(12,)):
-    """Three rounds of four steps of a small uniform model, with a fit up to each of the stops."""
+    """Two rounds of six steps of a small uniform model, with a fit up to each of the stops."""
     from duo.dit import DiT
     from duo.distillation import Distillation
     from duo.training import fit
@@ -56,7 +56,7 @@ def distil(folder, strategy="auto", stops=(12,)):
     net = DiT(DiTConfig(81, 32, 2, 2, 16))
     torch.nn.init.normal_(net.head.weight, std=0.5)
     text = pack(documents("austen"), tokenizer("char"), 32)
-    module = Distillation(net, vocab_size=81, schedule=LogLinear(), batch_size=8, max_steps=12, lr=1e-3, warmup_steps=3, ema=0.9, seed=3, steps_per_round=4, delta=1 / 8)
+    module = Distillation(net, vocab_size=81, schedule=LogLinear(), batch_size=8, max_steps=12, lr=1e-3, warmup_steps=3, ema=0.9, seed=3, steps_per_round=6, delta=1 / 8)
     for stop in stops:
         fit(module, Batches(text, 8, seed=3), text[:21], folder, max_steps=stop, device_batch_size=4, strategy=strategy, valid_every=4, checkpoint_every=3)
 
@@ -121,7 +121,7 @@ def look(self):
 training.Training.configure_model = look
 train({str(folder['fsdp'])!r}, "fsdp")
 assert 0.49 < shares[0] < 0.52, shares
-distil({str(folder['distil_fsdp'])!r}, "fsdp", (4, 6))
+distil({str(folder['distil_fsdp'])!r}, "fsdp", (4, 8))
 train({str(folder['killed'])!r}, "fsdp", Deadly)"""
     done = launch(code)
     assert done.returncode and "Signal 9" in done.stderr and "Error" not in done.stdout, done.stderr[-3000:]
