@@ -466,7 +466,7 @@ def frontier(points, y: str = "generative_perplexity", ax=None, real: str = "rea
         ax.plot([p["entropy"] for p in stars], [p[y] for p in stars], "*", ms=13, color="black", label=real)
     ax.set(yscale="log", xlabel="entropy of a sample's tokens (nats)", ylabel=y.replace("_", " "))
     low, high = ax.get_ylim()
-    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if high > 4 * low else MaxNLocator(6))
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if high > 8 * low else MaxNLocator(6))
     ax.yaxis.set_major_formatter(ScalarFormatter())
     ax.yaxis.set_minor_formatter(NullFormatter())
     ax.grid(alpha=0.3, lw=0.5)
