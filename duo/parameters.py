@@ -837,7 +837,7 @@ def check(verb, params, root, world=None):
         try:
             found = list(CHECKS[verb](params) or []) if verb in CHECKS else []
             problems += [problem for problem in found if not out_of_range & {*re.findall(r"\w+", problem)}]
-            return problems
+            return problems or check_weights(params)
         except KeyError as error:
             return problems + [f"{error.args[0]}: missing from the parameters cell of nbs/run/{verb}.ipynb; the check of {verb} needs it"]
         except ValueError as error:
