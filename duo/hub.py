@@ -12,11 +12,11 @@ import dataclasses
 import functools
 import json
 import math
-import numbers
 import os
 import re
 import shutil
 import zipfile
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +105,7 @@ def _variance(draws):
 def _whole_numbers(least, **given):
     """ValueError, in one line, for what is neither None nor a whole number of at least `least`."""
     for name, value in given.items():
-        if value is not None and (isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, Integral) or value < least):
             raise ValueError(f"{name}: given {value!r}; allowed: a whole number, at least {least}")
 
 
