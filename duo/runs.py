@@ -442,8 +442,16 @@ def _execute(job, root, stop):
 # %% ../nbs/15_runs.ipynb #32d40174
 _PARTS = ("notebook.ipynb", "running.ipynb", "parameters.yaml", "metrics.json", "environment.json", "curve.csv", "samples.jsonl",
           "figures", "checkpoints")
-_BESIDE = "sweep.json", "sweep.csv", "slurm.sh", "logs"  # of a sweep, of SLURM, of the other processes of a group
+_BESIDE = "sweep.json", "sweep.csv", "slurm.sh", "logs", "failed.ipynb"  # of a sweep, of SLURM, of the other processes, of a run that failed
 _HOW = "device_batch_size", "devices", "strategy", "logger"  # how a result is computed, not which
+
+
+def _move(source, target):
+    """Moves what a run writes, and nothing else, from one folder to another."""
+    target.mkdir(exist_ok=True)
+    for name in _PARTS:
+        if (source / name).exists():
+            os.replace(source / name, target / name)
 
 
 def _discard(folder):
@@ -516,9 +524,13 @@ def _recorded(job, root, stop, resumed):
     """`_execute` with parameters.yaml and environment.json kept beside it."""
     path = job.folder / "environment.json"
     past = json.loads(path.read_text(encoding="utf-8")).get("sessions", []) if resumed and path.exists() else []
-    if not resumed:
+    earlier = job.folder / ".earlier"  # results wait here until the new run has some, or has a checkpoint to go on from
+    if not resumed and (job.folder / "metrics.json").exists() and not earlier.exists():
+        _move(job.folder, earlier)
+    elif not resumed:
         _discard(job.folder)
-    (job.folder / "running.ipynb").unlink(missing_ok=True)
+    for name in ("running.ipynb", "failed.ipynb"):
+        (job.folder / name).unlink(missing_ok=True)
     _write(job.folder / "parameters.yaml", _flat(job.params, job.command))
     now = lambda: datetime.now(timezone.utc).isoformat(timespec="seconds")
     session, clock = {"status": "running", "start": now()}, time.monotonic()
@@ -528,7 +540,20 @@ def _recorded(job, root, stop, resumed):
     session["status"] = "stopped" if stop.signal else "failed" if error else "finished"
     session |= {"end": now(), "wall_seconds": round(time.monotonic() - clock, 2), **stop.measured}
     _write(path, json.dumps(record, indent=1) + "\n")
+    if earlier.exists() and not error and not stop.signal:
+        shutil.rmtree(earlier)
+    elif earlier.exists() and not any((job.folder / "checkpoints").glob("*")):
+        if (notebook := job.folder / "notebook.ipynb").exists():
+            os.replace(notebook, notebook.with_name("failed.ipynb"))
+        _discard(job.folder)
+        _move(earlier, job.folder)
+        earlier.rmdir()
     return error
+
+
+def _failed(folder):
+    """The notebook that failed; beside earlier results, which stay, it has a name of its own."""
+    return "failed.ipynb, beside the earlier results" if (folder / "failed.ipynb").exists() else "notebook.ipynb"
 
 
 def _one(job, root, restart=False):
@@ -550,7 +575,7 @@ def _one(job, root, restart=False):
     if stop.signal:
         raise Stopped(signal.Signals(stop.signal).name)
     if error:
-        raise RunError(f"{job.target} failed {error}; see {relative(job.folder, root)}/notebook.ipynb", status=1)
+        raise RunError(f"{job.target} failed {error}; see {relative(job.folder, root)}/{_failed(job.folder)}", status=1)
     return Run(job.folder)
 
 # %% ../nbs/15_runs.ipynb #80cdfa0f

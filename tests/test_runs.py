@@ -283,6 +283,20 @@ def test_checkpoints_are_kept_for_the_same_parameters_alone(root, capsys):
     assert (folder / "notes.txt").exists() and not (folder / "curve.csv").exists()
 
 
+def test_a_run_that_fails_leaves_the_earlier_results(root, capsys):
+    folder, hidden = root / "outputs/toy/first", root / "outputs/toy/first/.earlier"
+    assert runs.main(["toy/first"]) == 0
+    before = {p.name: p.read_text() for p in folder.iterdir() if p.is_file()}
+    for kind in ("bad", "dead"):
+        capsys.readouterr()
+        assert runs.main(["toy/first", f"kind={kind}"]) == 1
+        assert capsys.readouterr().err.splitlines()[-1].endswith("see outputs/toy/first/failed.ipynb, beside the earlier results")
+        after = {p.name: p.read_text() for p in folder.iterdir() if p.is_file()}
+        assert "kind" in after.pop("failed.ipynb") and after == before and not hidden.exists()
+    assert runs.main(["toy/first", "lr=0.2"]) == 0
+    assert runs.Run(folder).metrics()["loss"] == 4.0 and not (folder / "failed.ipynb").exists() and not hidden.exists()
+
+
 def test_one_run_at_a_time_in_a_folder(root):
     (root / "outputs/toy/first").mkdir(parents=True)
     with runs._alone(root / "outputs/toy/first", root), pytest.raises(runs.RunError, match="another run is writing there"):
