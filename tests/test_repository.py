@@ -41,6 +41,8 @@ def test_notebooks_are_clean(tmp_path):
         assert json.loads(Path(copy).read_text()) == json.loads(original.read_text()), f"run nbdev_clean on {original.relative_to(ROOT)}"
         cells = json.loads(original.read_text())["cells"]
         assert not any(o["output_type"] == "error" for c in cells for o in c.get("outputs", [])), original
+        shown = [json.dumps({k: v for k, v in o.items() if k != "data"} | {"text/plain": o.get("data", {}).get("text/plain")}) for c in cells for o in c.get("outputs", [])]
+        assert not any(re.search(r"site-packages|/(home|root|work|Users)/|/tmp/", text) for text in shown), f"{original} shows a path of one machine"
         assert sum("parameters" in c["metadata"].get("tags", []) for c in cells) == (original.parent.name == "run"), original
 
 
