@@ -440,7 +440,7 @@ def _execute(job, root, stop):
         return f"{f'in cell {cell}: ' if cell else ''}{name}: {' '.join(str(text).split())}"
 
 # %% ../nbs/15_runs.ipynb #32d40174
-_PARTS = ("notebook.ipynb", "running.ipynb", "parameters.yaml", "metrics.json", "environment.json", "curve.csv", "samples.jsonl",
+_PARTS = ("notebook.ipynb", "running.ipynb", "parameters.yaml", "metrics.json", "environment.json", "curve.csv", "samples.jsonl", "trajectory.jsonl",
           "figures", "checkpoints")
 _BESIDE = "sweep.json", "sweep.csv", "slurm.sh", "logs", "failed.ipynb"  # of a sweep, of SLURM, of the other processes, of a run that failed
 _HOW = "device_batch_size", "devices", "strategy", "logger"  # how a result is computed, not which
