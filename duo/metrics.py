@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Estimate', 'estimate', 'ratio', 'perplexity', 'bits_per_character', 'bits_per_dimension', 'Scores', 'Bound',
-           'evaluate_bound', 'unigram_entropy', 'words', 'word_share', 'CausalLM', 'judge_of', 'generative_perplexity',
-           'mauve', 'frechet', 'frechet_se', 'fid', 'efficientnet_features', 'fd_efficientnet_lite0', 'quality',
-           'frontier']
+           'evaluate_bound', 'unigram_entropy', 'unigram_bits', 'words', 'word_share', 'CausalLM', 'judge_of',
+           'generative_perplexity', 'mauve', 'frechet', 'frechet_se', 'fid', 'efficientnet_features',
+           'fd_efficientnet_lite0', 'quality', 'frontier']
 
 # %% ../nbs/12_metrics.ipynb #fe273e10
 import contextlib
@@ -196,6 +196,12 @@ def unigram_entropy(tokens) -> Estimate:
         p = p / p.sum()
         entropies.append(-(p * p.log()).sum())
     return estimate(torch.stack(entropies)) if entropies else estimate([])
+
+
+def unigram_bits(seen, held) -> float:
+    """Bits per character of the `Blocks` `held` under the token frequencies of `seen`, half a token added to each: what knowing nothing else costs."""
+    frequency = (torch.bincount(torch.as_tensor(seen[:]).flatten(), minlength=seen.tokenizer.vocab_size) + 0.5).double()
+    return -(frequency / frequency.sum()).log2()[torch.as_tensor(held[:])].sum().item() / held.n_chars
 
 # %% ../nbs/12_metrics.ipynb #3c15c451
 _WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)*")
