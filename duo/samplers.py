@@ -477,7 +477,7 @@ def _device(denoiser, prompt, generator, device):
     return torch.device("cpu") if device is None else device
 
 # %% ../nbs/11_samplers.ipynb #571ca912
-TAILS = ("sample", "greedy", "greedy-posterior")
+TAILS = ("sample", "greedy", "greedy-posterior", "none")
 
 
 def greedy_tail(process, logits, xt, alpha_t, posterior=False):
@@ -525,6 +525,8 @@ def check_sampler(sampler, process, time_conditioning=False, scores=False, tail=
             isinstance(getattr(sampler, "kappa", None), Conf) and not masks,
             f"Conf remembers how sure a mask was filled in and needs absorbing noise, got {process}",
         ),
+        (tail == "none" and (ar or process is None or process.mask_id is not None), f"tail none leaves the noise of the last step in, which takes noise without a mask, got {process}"),
+        (tail == "none" and stop is not None, "stop ends with the last step, which tail none leaves out; take another tail, or stop None"),
         (ar and (stop is not None or scores), "AutoRegressive draws each token once, from logits: stop must be None, and the denoiser no LogScores"),
         (
             not ar and getattr(sampler, "cache", False) and time_conditioning,
@@ -601,8 +603,8 @@ def sample(denoiser, process, schedule, shape, steps, sampler=Ancestral(), tail=
     """(B, L) tokens after exactly `steps` network calls, the last one (to α_s = 1) included; fewer with a cache or with `stop`.
 
     `denoiser(xt (B, L), sigma (B,)) -> logits (B, L, K)`, sigma = −log α_t; or `LogScores`. `sampler`: one of the table above (for FirstHitting
-    and AutoRegressive steps is None or the number of free tokens). `tail`: "sample", "greedy" (arg max of x_θ) or "greedy-posterior" (paper I,
-    section 3.3). `top_p` is the nucleus of x_θ, `temperature` that of the denoising posterior. `prompt` = (tokens, is_fixed), each (L,) or
+    and AutoRegressive steps is None or the number of free tokens). `tail`: "sample", "greedy" (arg max of x_θ), "greedy-posterior" (paper I,
+    section 3.3) or "none" (no step to α_s = 1: its noise stays). `top_p` is the nucleus of x_θ, `temperature` that of the denoising posterior. `prompt` = (tokens, is_fixed), each (L,) or
     (B, L): fixed tokens never change. `callback(step, xt, logits)` sees every call. `stop`: `Settled(...)`. Runs on `device`, by default the
     network's. Raises ValueError for arguments that do not fit together."""
     denoiser, scores = (denoiser.denoiser, True) if isinstance(denoiser, LogScores) else (denoiser, False)
@@ -612,7 +614,7 @@ def sample(denoiser, process, schedule, shape, steps, sampler=Ancestral(), tail=
                            device=device, temperature=temperature)
     device = _device(denoiser, prompt, generator, device)
     tokens, fixed = _clamped(prompt, shape, device, process.vocab_size, process.mask_id)
-    walk, free, (body, head) = plan(schedule, steps, sampler), ~fixed, _parts(denoiser)
+    walk, free, (body, head) = plan(schedule, steps + 1, sampler)[:-1] if tail == "none" else plan(schedule, steps, sampler), ~fixed, _parts(denoiser)
     choose = _chooser(process, sampler, tail, top_p, temperature, generator)
     x = torch.where(fixed, tokens, process.sample_prior(shape, generator=generator, device=device))
     read, memory = _Reader(body, sampler.cache), None
