@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['AUSTEN_ALPHABET', 'AUSTEN_BOOKS', 'DETOKENIZERS', 'DATASETS', 'SPLITS', 'CharTokenizer', 'Text8Tokenizer',
            'SubwordTokenizer', 'BPETokenizer', 'train_bpe', 'PixelTokenizer', 'tokenizer', 'tokenizer_from_json',
-           'austen_books', 'detokenize', 'DataSet', 'Texts', 'check_split', 'documents', 'Blocks', 'pack', 'pad',
-           'Conditional', 'conditional', 'TokenFile', 'store_path', 'prepare', 'load_blocks', 'Batches', 'Streamed']
+           'austen_books', 'synthetic_chain', 'synthetic_bits', 'detokenize', 'DataSet', 'Texts', 'check_split',
+           'documents', 'Blocks', 'pack', 'pad', 'Conditional', 'conditional', 'TokenFile', 'store_path', 'prepare',
+           'load_blocks', 'Batches', 'Streamed']
 
 # %% ../nbs/08_data.ipynb #edc3f37f
 import hashlib
@@ -15,10 +16,11 @@ import os
 import re
 import shutil
 import tarfile
+from bisect import bisect
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from functools import cached_property, lru_cache, partial
-from itertools import chain, islice
+from itertools import accumulate, chain, islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -335,6 +337,43 @@ def _austen(split):
 def _austen_paragraphs(split):
     return [p for book in _austen(split) for p in re.split(r"\n\n+", book.strip("\n"))]
 
+# %% ../nbs/08_data.ipynb #25a8dcef
+_SYNTHETIC = {"train": 900, "valid": 50, "test": 50}  # documents of 1,000 letters
+
+
+def synthetic_chain():
+    """(π, P): the stationary law (27,) and the transitions (27, 27), from row to column, of the chain that is the data set "synthetic"; the order is that of text8's symbols."""
+    logits = 2 * np.random.default_rng(27).normal(size=(27, 27))
+    logits[0, 0] = -np.inf  # no two spaces in a row
+    P = np.exp(logits)
+    P /= P.sum(1, keepdims=True)
+    return np.linalg.solve(np.eye(27) - P.T + 1, np.ones(27)), P
+
+
+def synthetic_bits(length=None):
+    """The entropy of "synthetic" in bits a character: of a block of `length` letters, or of an endless one. Raises ValueError for a length below 1."""
+    if length is not None and length < 1:
+        raise ValueError(f"length must be at least 1, got {length}")
+    pi, P = synthetic_chain()
+    first, then = (-(p * np.log2(np.where(p > 0, p, 1))).sum(-1) for p in (pi, P))
+    return float(pi @ then if length is None else (first + (length - 1) * pi @ then) / length)
+
+
+@lru_cache
+def _synthetic_letters(split):
+    pi, P = synthetic_chain()
+    laws = np.vstack([P, pi]).cumsum(1)
+    laws[:, -1] = 1  # whatever the rounding
+    laws = laws.tolist()
+    draws = np.random.default_rng([27, list(_SYNTHETIC).index(split)]).random(1000 * _SYNTHETIC[split]).tolist()
+    letters = accumulate(draws, lambda letter, u: bisect(laws[letter], u), initial=27)  # row 27 is the law of the first
+    return "".join(map(Text8Tokenizer().alphabet.__getitem__, islice(letters, 1, None)))
+
+
+def _synthetic(split):
+    text = _synthetic_letters(split)
+    return [text[i:i + 1000] for i in range(0, len(text), 1000)]
+
 # %% ../nbs/08_data.ipynb #b1d4d490
 _JOIN = [  # common to all corpora that were tokenised in the manner of Penn
     (r" n't\b", "n't"), (r" '(?=\w)", "'"), (r"s '(?= |$)(?![^']* ')", "s'"),  # contractions, plural possessives outside of quotes
@@ -400,6 +439,7 @@ _TEXT8 = _OURS._replace(hub="http://mattmahoney.net/dc/text8.zip", read=_text8)
 DATASETS = {
     "austen": _OURS._replace(read=_austen),
     "austen_paragraphs": _OURS._replace(read=_austen_paragraphs),
+    "synthetic": _OURS._replace(read=_synthetic),
     "openwebtext": DataSet("Skylion007/openwebtext", "plain_text", dict(train="train[:-100000]", valid="train[-100000:]")),
     "fineweb-edu": DataSet("HuggingFaceFW/fineweb-edu", "sample-10BT", dict(train="train[100000:]", valid="train[:100000]")),
     "lm1b": _LM1B_ROW._replace(padded=True, separator=""),
@@ -446,9 +486,8 @@ def check_split(data, split, streaming=False):
     if row:
         if split not in row.splits:
             raise ValueError(f"data {data} has no split {split}; it has {', '.join(row.splits)}")
-        if streaming and (row.read or row.padded or "-" in row.splits[split]):
-            why = "it is small" if row.read else "it is padded" if row.padded else "its splits are counted from the end"
-            raise ValueError(f"data {data} cannot be streamed: {why}; prepare it")
+        if streaming and (row.read or row.padded):
+            raise ValueError(f"data {data} cannot be streamed: it is {'small' if row.read else 'padded'}; prepare it")
         return
     if not path.exists():
         raise ValueError(f"data must be {', '.join(DATASETS)}, a .txt, .jsonl or .parquet file or a directory of them, got {str(data)!r}")
@@ -480,13 +519,27 @@ def documents(data, split="train", streaming=False):
         raise ValueError(_lacks(data, column, columns))
     if not streaming:
         return Texts(rows, column, detokenizer)
-    return rows.map(lambda batch: {"text": [detokenize(t, detokenizer) for t in batch[column]]}, batched=True, remove_columns=columns)
+    return rows.map(lambda batch: {"text": [detokenize(t, detokenizer) for t in batch[column]]}, batched=True, remove_columns=[c for c in columns if c != "text"])
 
 
 def _copy(hub):
     """The copy of a repository (or of a file, by its address) in $DUO_DATA, None where there is none."""
     path = Path(os.environ.get("DUO_DATA", "/nonexistent"), hub.split("://")[-1])
     return path if path.exists() else None
+
+
+def _stamps(files):
+    """What tells files from others without reading them: name, size and date of each."""
+    return [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(files)]
+
+
+def _copied(copy):
+    """The files of a copy."""
+    return [p for p in (copy.rglob("*") if copy.is_dir() else [copy]) if p.is_file() and ".cache" not in p.relative_to(copy).parts]
+
+
+def _hash(what):
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 
 
 def _load(hub, *args, **kwargs):
@@ -504,18 +557,40 @@ def _load(hub, *args, **kwargs):
 
 
 def _hub(row, split, streaming):
-    """The rows of a split of a repository, or of its copy."""
+    """The rows of a split of a repository, or of its copy, whose rows `datasets` keeps by the files: it would take all copies with the same card for one."""
+    from datasets import config
     copy, theirs = _copy(row.hub), row.splits[split]
-    where = dict(path=str(copy or row.hub), revision=None if copy else row.revision, name=row.config, streaming=streaming)
-    if row.files:
-        where |= dict(data_files={theirs: row.files.format(split=theirs)})
-    if not streaming:
-        return _load(row.hub, **where, split=theirs)
     name, low, high = re.fullmatch(r"(\w+)(?:\[(-?\d*):(-?\d*)\])?", theirs).groups()
-    rows = _load(row.hub, **where, split=name)
+    where = dict(path=str(copy or row.hub), revision=None if copy else row.revision, name=row.config)
+    if copy:
+        where |= dict(cache_dir=str(Path(config.HF_DATASETS_CACHE, _hash(_stamps(_copied(copy)))[:16])))
+    if row.files:
+        where |= dict(data_files={name: row.files.format(split=name)})
+    rows = _load(row.hub, **where, streaming=streaming, split=name if streaming else theirs)
+    if not streaming:
+        return rows
     low, high = int(low or 0), int(high) if high else None
+    if least := -min(low, high or 0, 0):  # counted from the end
+        n = _size(row.hub, name, rows, where)
+        if n < least:
+            raise ValueError(f"data set {row.hub}: {theirs} needs {least:,} documents at least, {name} has {n:,}")
+        low, high = low + n if low < 0 else low, high + n if high and high < 0 else high
     rows = rows.skip(low) if low else rows
     return rows if high is None else rows.take(high - low)
+
+
+def _size(hub, name, rows, where):
+    """The number of documents of a hub's split, which nobody reads for it: the footers of a copy's parquet files say it, else the card."""
+    from datasets import load_dataset_builder
+    files = load_dataset_builder(**where).config.data_files[name] if _copy(hub) else []
+    if files and all(file.endswith(".parquet") for file in files):
+        from pyarrow.parquet import read_metadata
+        return sum(read_metadata(file).num_rows for file in files)
+    card = (rows.info.splits or {}).get(name)
+    if card and card.num_examples:
+        return card.num_examples
+    raise ValueError(f"data set {hub} cannot be streamed: its splits are counted from the end, and neither its card nor the footers of parquet files say how many documents "
+                     f"{name} has; prepare it")
 
 
 def _files(path, split):
@@ -796,24 +871,17 @@ def _write(path, content):
     os.replace(temporary, path)
 
 
-def _hash(what):
-    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
-
-
 def _identity(data, split):
     """What tells a data set from others: its row of the table, or its files with size and date."""
     row, path = DATASETS.get(data), Path(data)
     if row is None:
-        files = sorted(map(Path, _files(path, split)[1]))
-    elif copy := _copy(row.hub) if row.hub else None:
-        files = sorted(p for p in (copy.rglob("*") if copy.is_dir() else [copy]) if p.is_file() and ".cache" not in p.parts)
+        files = map(Path, _files(path, split)[1])
     else:
-        files = []
+        files = _copied(copy) if row.hub and (copy := _copy(row.hub)) else []
     name = (row.hub or data) if row else str(path.resolve())
-    stamps = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
     source = [row.hub, row.config, row.splits.get(split), row.column, row.files, row.revision] if row else []
     rules = DETOKENIZERS[row.detokenizer] if row and row.detokenizer else []
-    return {"data": name, "split": split, "source": source, "files": stamps, "detokenizer": rules}
+    return {"data": name, "split": split, "source": source, "files": _stamps(files), "detokenizer": rules}
 
 
 def store_path(data, split, tokenizer, separator=()):
