@@ -162,7 +162,8 @@ def test_resume_is_exact_whatever_the_ranks(at):
     """Batches of a store, and of a stream of the same, from any step, in 1, 2 and 4 parts, from other processes."""
     tok = tokenizer("bpe1024")
     for make in (lambda: Batches(load_blocks("wikitext2", "train", tok, 16), 8, seed=3), lambda: Batches(load_blocks("lm1b", "train", tok, 16), 8, seed=3),
-                 lambda: Batches(load_blocks("text8-crop", "train", tokenizer("text8"), 16), 8, seed=3), lambda: Streamed("wikitext2", "train", tok, 16, 8, seed=3, segment=30)):
+                 lambda: Batches(load_blocks("text8-crop", "train", tokenizer("text8"), 16), 8, seed=3), lambda: Streamed("wikitext2", "train", tok, 16, 8, seed=3, segment=30),
+                 lambda: Streamed("openwebtext", "train", tok, 16, 8, seed=3, segment=12)):
         unbroken = make()
         steps = [unbroken.batch(s) for s in range(40)]
         again = make()
@@ -173,11 +174,11 @@ def test_resume_is_exact_whatever_the_ranks(at):
     assert torch.equal(torch.cat(list(loader)), load_blocks("wikitext2", "train", tok, 16)[:])
 
 
-def test_streams_hold_what_their_splits_do(at):
-    """FineWeb-Edu: the stream of the training split begins where the validation split ends."""
-    train = [row["text"] for row in documents("fineweb-edu", "train", streaming=True)]
-    valid = documents("fineweb-edu", "valid", streaming=True)
-    assert train == list(documents("fineweb-edu", "train")) and next(iter(valid))["text"] == documents("fineweb-edu", "valid")[0]
+@pytest.mark.parametrize("name", ["fineweb-edu", "openwebtext"])
+def test_streams_hold_what_their_splits_do(name, at):
+    """One has its validation split in front, the other at its end, which the number of documents tells."""
+    for split in ("train", "valid"):
+        assert [row["text"] for row in documents(name, split, streaming=True)] == list(documents(name, split))
 
 
 def test_reading_takes_no_memory(tmp_path):
