@@ -95,12 +95,12 @@ class Distillation(Training):
     """Training of a `net` that `method` has trained: by DCD under uniform noise, by SDTT under masks, where the teacher takes `teacher_steps` for each of the student's. The
     teacher is frozen at the start of each round of `steps_per_round` steps; δ is `delta`·2^round, or with growth "linear" rises with every step from `delta` to what
     doubling would end with, or to `delta_max`, beyond which doubling does not go either. Options as `Training`; `alpha_min` and `alpha_max` bound α on DCD's path; `teacher` is "student" (its weights) or "ema" (their average);
-    `process` replaces the method's own; `compare` is what student and teacher are compared by, the "denoiser" or the "posterior", the step from t to s that it implies. Raises ValueError for another method or choice."""
+    `process` replaces the method's own; `match` is what student and teacher are matched by, the "denoiser" or the "posterior", the step from t to s that it implies. Raises ValueError for another method or choice."""
 
     def __init__(self, net, method="duo", *, vocab_size, steps_per_round, delta=1 / 512, growth="doubling", divergence="reverse", teacher="student", teacher_steps=2,
-                 alpha_min=1e-3, alpha_max=0.99, process=None, delta_max=None, compare="denoiser", **options):
+                 alpha_min=1e-3, alpha_max=0.99, process=None, delta_max=None, match="denoiser", **options):
         for name, value, allowed in (("method", method, distillable()), ("teacher", teacher, ("student", "ema")), ("growth", growth, ("doubling", "linear")),
-                                     ("compare", compare, ("denoiser", "posterior"))):
+                                     ("match", match, ("denoiser", "posterior"))):
             if value not in allowed:
                 raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}")
         if delta_max is not None and not 0 < delta <= delta_max:
@@ -112,7 +112,7 @@ class Distillation(Training):
         if getattr(net.config, "num_classes", None):
             self.net.cond_map.dropout = 0.0  # student and teacher are told the same: `nats` drops labels for both
         self.steps_per_round, self.delta, self.growth, self.divergence, self.teacher_of, self.teacher_steps = steps_per_round, delta, growth, divergence, teacher, teacher_steps
-        self.delta_max, self.compare = delta_max, compare
+        self.delta_max, self.match = delta_max, match
         self.vocab_size, self.window = vocab_size, gamma_window(vocab_size, alpha_min, alpha_max)
 
     def step_length(self, step):
@@ -146,7 +146,7 @@ class Distillation(Training):
             dropped = torch.rand(n, generator=generator, device=x0.device)[rows] < net.config.label_dropout
             told = torch.where(dropped, net.config.num_classes, labels)
             student, teacher = (lambda x, sigma, net=net: net(x, sigma, told) for net in (net, self.teacher))
-        nats = dcd_loss(student, teacher, (z_s, sigma_s, z_t, sigma_t), self.divergence, self.process if self.compare == "posterior" else None)
+        nats = dcd_loss(student, teacher, (z_s, sigma_s, z_t, sigma_t), self.divergence, self.process if self.match == "posterior" else None)
         return nats if weights is None else nats * weights
 
     def _through_time(self, net, x0, t, delta, rows, generator, fixed):
@@ -158,7 +158,7 @@ class Distillation(Training):
         numbers = [torch.rand(x0.shape, generator=generator, device=x0.device, dtype=torch.float64) for _ in range(2)]
         nats = sdtt_loss(net, self.teacher, self.process, zt, [alpha[rows] for alpha in alphas], *(part[rows] for part in numbers), self.divergence)
         falls = ((alphas[-1] - alphas[0]) / (1 - alphas[0]))[rows, None]  # the probability that a mask falls, all that a posterior adds
-        return nats * falls if self.compare == "posterior" else nats
+        return nats * falls if self.match == "posterior" else nats
 
 
 def distillable():

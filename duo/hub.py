@@ -347,8 +347,8 @@ def _dump(value) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def save(model: Model, directory, raw=None, dtype: torch.dtype = torch.float32, metrics: dict | None = None) -> Path:
-    """Write config.json, tokenizer.json and model.safetensors (the weights of `model`, in `dtype`) to a directory; returns its path.
+def save(model: Model, directory, raw=None, dtype: torch.dtype = torch.float32, metrics: dict | None = None, weights: bool = True) -> Path:
+    """Write config.json, tokenizer.json and model.safetensors (the weights of `model`, in `dtype`; none without `weights`) to a directory; returns its path.
 
     raw: a state dict or module with the weights before averaging, for raw.safetensors; metrics: makes README.md, the model's `card`.
     Raises OSError in one line where a file cannot be written whole; what was in the directory before is then still there and loads.
@@ -365,7 +365,8 @@ def save(model: Model, directory, raw=None, dtype: torch.dtype = torch.float32, 
         files["README.md"] = card(config, metrics).encode()
     if raw is not None:
         files["raw.safetensors"] = raw.state_dict() if isinstance(raw, torch.nn.Module) else raw
-    files["model.safetensors"] = model.net.state_dict()
+    if weights:
+        files["model.safetensors"] = model.net.state_dict()
     new = directory / ".new"
     try:
         _settle(directory)
@@ -753,7 +754,7 @@ _NEEDED = {"dit": ("vocab_size", "hidden_size", "n_blocks", "n_heads", "cond_dim
 
 def load(source, raw: bool = False, device="cpu", **settings) -> Model:
     """The `Model` in a directory, in a repository of the Hugging Face hub ("owner/name"), or in a Lightning .ckpt, of the authors' code or of a training of ours
-    (last.ckpt, best.ckpt, beside the config.json that it writes when it is done).
+    (last.ckpt, best.ckpt, beside the config.json that it writes at its first validation). The directory of a training that is not done yet means its last.ckpt.
 
     raw=True takes the weights before averaging, of a directory from raw.safetensors or else last.ckpt. What a foreign file does not say, or says wrongly, can be given in `settings`: method, tokenizer (a
     name, a
@@ -775,7 +776,7 @@ def load(source, raw: bool = False, device="cpu", **settings) -> Model:
         return _published(directory, raw, settings).to(device)
     if settings:
         raise ValueError(f"load: {', '.join(settings)} cannot be given for {directory}, whose config.json says it")
-    if raw and not _at(directory, _RAW).exists() and (directory / "last.ckpt").is_file():
+    if _in_last(directory, raw):
         return load(directory / "last.ckpt", raw, device)
     model = _empty(directory)
     weights = _weights(_at(directory, _RAW if raw else "model.safetensors"), model.net.state_dict())
@@ -790,9 +791,14 @@ def examine(source, raw: bool = False):
         raise ValueError(f"{source}: cannot be read as a checkpoint of torch.save; allowed: a .ckpt, or the folder that duo.hub.save wrote")
     if source.is_file() or "model_type" in _config_of(_at(source, "config.json")):
         return
-    model, weights = _empty(source), _at(source, _RAW if raw and _at(source, _RAW).exists() else "model.safetensors")
-    if not raw or weights.name == _RAW:
-        _weights(weights, model.net.state_dict(), read=False)
+    model = _empty(source)
+    if not _in_last(source, raw):
+        _weights(_at(source, _RAW if raw else "model.safetensors"), model.net.state_dict(), read=False)
+
+
+def _in_last(directory: Path, raw: bool) -> bool:
+    """Whether the weights of a directory are in its last.ckpt alone."""
+    return not _at(directory, _RAW if raw else "model.safetensors").exists() and (directory / "last.ckpt").is_file()
 
 
 def _empty(directory: Path) -> Model:

@@ -316,7 +316,7 @@ _AT_LEAST_ONE = ("length hidden_size n_blocks n_heads cond_dim batch_size device
                  "T teacher_steps ar_length stride corrections symbols hidden scaling_vocab scaling_length scaling_batch scaling_rounds box_rows box_columns train test copies "
                  "halve_every").split()
 RANGES = {key: (lambda v: v >= 1, "at least 1") for key in _AT_LEAST_ONE}
-RANGES |= {key: (lambda v: v >= 0, "at least 0") for key in "warmup_steps curriculum_steps weight_decay grad_clip seed compare synthetic_mb num_fewshot tau_hold lr_min".split()}
+RANGES |= {key: (lambda v: v >= 0, "at least 0") for key in "warmup_steps curriculum_steps weight_decay grad_clip seed compare synthetic_mb num_fewshot tau_hold lr_min valid_samples".split()}
 RANGES |= {"vocab_size": (lambda v: v >= 2, "at least 2"), "p_uniform": (lambda v: 0 < v < 1, "above 0, below 1"), "schedule_eps": (lambda v: 0 < v < 1, "above 0, below 1")}
 RANGES |= {key: (lambda v: v > 0, "above 0") for key in "lr tau tau_end delta delta_max temperature settled adam_eps".split()}
 RANGES |= {key: (lambda v: 0 <= v < 1, "0 or more, below 1") for key in "dropout ema label_dropout t_min betas".split()}

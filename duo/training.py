@@ -285,10 +285,12 @@ class Interrupted(Exception):
 class Progress(Callback):
     """A progress bar, and curve.csv: step, tokens, seconds, learning rate, training nats since the last row, validation nats (per token).
     A resumed run continues both. checkpoints/last.ckpt is written every `checkpoint_every` steps, at the end, and where a signal asks to stop: when
-    the step and the validation that belongs to it are done, all ranks at the same one. checkpoints/best.ckpt has the best validation value."""
+    the step and the validation that belongs to it are done, all ranks at the same one. checkpoints/best.ckpt has the best validation value. `look`, if any, is
+    called after each validation, see `fit`."""
     columns = "step", "tokens", "seconds", "lr", "train_nll", "valid_nll"
 
-    def __init__(self, folder, tokens_per_step, max_steps, valid_every, checkpoint_every, label):
+    def __init__(self, folder, tokens_per_step, max_steps, valid_every, checkpoint_every, label, look=None):
+        self.look = look
         self.path, self.last, self.best = Path(folder, "curve.csv"), Path(folder, "checkpoints", "last.ckpt"), Path(folder, "checkpoints", "best.ckpt")
         self.tokens, self.max_steps, self.valid_every, self.checkpoint_every, self.label = tokens_per_step, max_steps, valid_every, checkpoint_every, label
         self.rows, self.seconds, self.began, self.sum, self.count = [], 0.0, None, 0.0, 0
@@ -377,6 +379,8 @@ class Progress(Callback):
             for logger in trainer.loggers:
                 logger.log_metrics(dict(zip(self.columns[1:], row[1:])), step=trainer.global_step)
             self.write()
+        if self.look is not None:
+            self.look(trainer.global_step, trainer.is_global_zero)
         if row[-1] <= min(r["valid_nll"] for r in self.rows):
             trainer.save_checkpoint(self.best)
         self.step_done(trainer)
@@ -606,17 +610,18 @@ def logger_for(name, folder):
 
 # %% ../nbs/09_training.ipynb #1d7d69b2
 def fit(module, batches, valid, folder, *, max_steps, device_batch_size=None, devices=None, strategy="auto", precision="auto", valid_every=1000,
-        checkpoint_every=1000, label=None, logger=None):
+        checkpoint_every=1000, label=None, logger=None, look=None):
     """Train `module` on `batches` (`data.Batches`) in `folder`, validating every `valid_every` steps and after the last on the rows of `valid`: (N, L), or the pair of that and a
     dict of what belongs to them, as in `Steps`. Goes on from folder/checkpoints/last.ckpt where it exists. With a `label`, shows a progress bar of that name. precision "auto" is bf16 on a GPU, float32 elsewhere;
-    devices and strategy as in `group` and `strategy_for`; `logger` is one of Lightning's, or None.
+    devices and strategy as in `group` and `strategy_for`; `logger` is one of Lightning's, or None. After each validation every process calls `look(step, first)`, with
+    whether it is the first one; what it draws must come from generators of its own.
     Returns {"steps", "tokens", "seconds", "valid_nll", "best_valid_nll", "best_step"}, None where the checkpoint is beyond `max_steps`;
     `module.ema` holds the averaged weights. Raises KeyboardInterrupt after a signal."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     environment, world, nodes = group(devices)
     b, accumulate = share(batches.batch_size, device_batch_size, world)
-    progress = Progress(folder, batches.batch_size * batches.blocks.length, max_steps, valid_every, checkpoint_every, label)
+    progress = Progress(folder, batches.batch_size * batches.blocks.length, max_steps, valid_every, checkpoint_every, label, look)
     last = progress.last
     before = progress.listen()
     try:
