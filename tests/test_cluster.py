@@ -36,13 +36,22 @@ class Deadly(Batches):
 
 
 def train(folder, strategy="auto", kind=Batches):
-    """Twelve steps of a small Duo with curriculum and dropout, in pieces of 2 rows; its module."""
+    """Twelve steps of a small Duo with curriculum and dropout, in pieces of 2 rows, that writes two texts after each validation; its module."""
+    from duo.hub import Model, save
     from duo.training import Training, fit
 
     text = pack(documents("austen"), tokenizer("char"), 32)
     module = Training(DiTConfig(81, 32, 2, 2, 16), "duo", vocab_size=81, schedule=LogLinear(), curriculum=Curriculum(3, 1e-3, 6), batch_size=8, max_steps=12,
                       lr=1e-2, warmup_steps=3, ema=0.9, seed=3)
-    fit(module, kind(text, 8, seed=3), text[:21], folder, max_steps=12, device_batch_size=2, strategy=strategy, valid_every=4, checkpoint_every=3)
+
+    def look(step, first):
+        model = Model(module.ema, "duo", LogLinear(), tokenizer("char"), 32)
+        texts = model.sample(2, 4, seed=0)
+        if first:
+            save(model, Path(folder, "checkpoints"), weights=False)
+            Path(folder, f"texts-{step}").write_text("\n---\n".join(texts))
+
+    fit(module, kind(text, 8, seed=3), text[:21], folder, max_steps=12, device_batch_size=2, strategy=strategy, valid_every=4, checkpoint_every=3, look=look)
     return module
 
 
@@ -104,6 +113,7 @@ def launch(code, processes=2):
 
 
 def test_many_processes_ddp_and_fsdp(tmp_path, capsys):
+    from duo.hub import load
     from duo.training import Checkpoint
 
     torch.set_num_threads(1)
@@ -143,6 +153,9 @@ train({str(folder['killed'])!r}, "fsdp", Deadly)"""
         done = launch(f"train({str(folder[name])!r}, 'fsdp')", processes)
         assert done.returncode == 0, done.stderr[-3000:]
         assert [len(list(path.iterdir())) for path in folder[name].glob("checkpoints/last.*.shards")] == [processes]
+    assert all((folder["fsdp"] / f"texts-{step}").read_text() == (folder["one"] / f"texts-{step}").read_text() for step in (4, 8, 12))
+    loaded, ema = load(folder["fsdp"] / "checkpoints").net.state_dict(), Checkpoint(last["fsdp"]).whole("state_dict")["state_dict"]
+    assert all(torch.equal(weight, ema[f"ema.{name}"]) for name, weight in loaded.items())
     damaged(folder["fsdp"], tmp_path / "damaged")
     against, curves = {"fsdp": "ddp", **{name: "distil_1" for name in runs if "distil" in name}}, {name: curve(path) for name, path in folder.items()}
     names = {"ddp": "2 processes (ddp) and 1", "fsdp": "2 (fsdp) and 2 (ddp)", "killed": "2 (fsdp), one killed, then 1", "killed_ddp": "2 (fsdp), one killed, then 2 (ddp)",

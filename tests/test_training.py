@@ -11,9 +11,11 @@ from pathlib import Path
 
 import torch
 
+import duo
+
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = ["tokenizer=char", "length=32", "hidden_size=32", "n_blocks=1", "n_heads=2", "cond_dim=16", "batch_size=8", "max_steps=400", "curriculum_steps=100",
-         "warmup_steps=5", "valid_every=20", "valid_blocks=8", "checkpoint_every=10"]
+         "warmup_steps=5", "valid_every=40", "valid_blocks=8", "valid_samples=2", "checkpoint_every=10"]
 
 
 def command(folder):
@@ -25,16 +27,20 @@ def test_killed_and_repeated(tmp_path):
     unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
     subprocess.run(command(unbroken), cwd=ROOT, env=env, check=True, capture_output=True)
     first = subprocess.Popen(command(broken), cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
-    last, until = broken / "checkpoints" / "last.ckpt", time.time() + 120
-    while not last.exists() and time.time() < until:
+    last, best, until = broken / "checkpoints" / "last.ckpt", broken / "checkpoints" / "best.ckpt", time.time() + 120
+    while not best.exists() and time.time() < until:
         time.sleep(0.05)
     os.killpg(first.pid, signal.SIGKILL)
     first.wait()
     stopped_at = torch.load(last, weights_only=True)["global_step"]
     assert 0 < stopped_at < 400 and not (broken / "metrics.json").exists()
+    so_far = [duo.load(place) for place in (broken / "checkpoints", best)]  # from the first validation on
+    assert all(model.training["data"] == "austen" and len(model.sample(2, 4, seed=0)) == 2 for model in so_far)
     subprocess.run(command(broken), cwd=ROOT, env=env, check=True, capture_output=True)
     a, b = (json.loads((folder / "metrics.json").read_text()) for folder in (unbroken, broken))
     assert a["valid_nll"] == b["valid_nll"]
+    a, b = ([json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()] for folder in (unbroken, broken))
+    assert a == b and [row["step"] for row in a] == [step for step in range(40, 401, 40) for _ in range(2)]
     a, b = ((folder / "checkpoints" / "model.safetensors").read_bytes() for folder in (unbroken, broken))
     assert a == b
 
