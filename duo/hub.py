@@ -719,6 +719,9 @@ def _lightning(path: Path, raw: bool, settings: dict) -> Model:
 
 def _ours(path: Path, weights: dict, prefix: str) -> Model:
     """The `Model` of a checkpoint of a training of ours, by the config.json and tokenizer.json beside it; its weights begin with `prefix`."""
+    if any(tensor.is_meta for tensor in weights.values()):  # they are in the shards of an fsdp training
+        from duo.training import Checkpoint
+        weights = Checkpoint(path).whole("state_dict")["state_dict"]
     model, found = _empty(path.parent), {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
     shapes, wanted = ({name: tuple(tensor.shape) for name, tensor in some.items()} for some in (found, model.net.state_dict()))
     _compare(path, shapes, wanted, "config.json asks for")
