@@ -351,9 +351,9 @@ def synthetic_chain():
 
 
 def synthetic_bits(length=None):
-    """The entropy of "synthetic" in bits a character: of a block of `length` letters, or of an endless one. Raises ValueError for a length below 1."""
-    if length is not None and length < 1:
-        raise ValueError(f"length must be at least 1, got {length}")
+    """The entropy of "synthetic" in bits a character: of a block of `length` letters, or of an endless one. Raises ValueError for another length."""
+    if length is not None and (isinstance(length, bool) or not isinstance(length, int) or length < 1):
+        raise ValueError(f"length must be a whole number, at least 1, got {length!r}")
     pi, P = synthetic_chain()
     first, then = (-(p * np.log2(np.where(p > 0, p, 1))).sum(-1) for p in (pi, P))
     return float(pi @ then if length is None else (first + (length - 1) * pi @ then) / length)
@@ -560,7 +560,7 @@ def _hub(row, split, streaming):
     """The rows of a split of a repository, or of its copy, whose rows `datasets` keeps by the files: it would take all copies with the same card for one."""
     from datasets import config
     copy, theirs = _copy(row.hub), row.splits[split]
-    name, low, high = re.fullmatch(r"(\w+)(?:\[(-?\d*):(-?\d*)\])?", theirs).groups()
+    name, low, high = re.fullmatch(r"(\w+)(?:\[(-?\d*):(-?\d*)\])?", theirs).groups()  # rows of ours are counted, not shares
     where = dict(path=str(copy or row.hub), revision=None if copy else row.revision, name=row.config)
     if copy:
         where |= dict(cache_dir=str(Path(config.HF_DATASETS_CACHE, _hash(_stamps(_copied(copy)))[:16])))
@@ -580,7 +580,7 @@ def _hub(row, split, streaming):
 
 
 def _size(hub, name, rows, where):
-    """The number of documents of a hub's split, which nobody reads for it: the footers of a copy's parquet files say it, else the card."""
+    """The number of documents of a hub's split, which nobody reads for it: the footers of a copy's parquet files say it, else the card, which is believed."""
     from datasets import load_dataset_builder
     files = load_dataset_builder(**where).config.data_files[name] if _copy(hub) else []
     if files and all(file.endswith(".parquet") for file in files):

@@ -33,7 +33,9 @@ def posterior_kl(process, here, there, heads, xt, alpha_s, alpha_t, divergence="
     """KL(p ‖ q) of the ancestral steps from x_t (B, L) at α_t (B,) to α_s (B,), (B, L) nats: p = q_{s|t}(· | x_t, softmax(heads[0](here))), q likewise from heads[1](there)
     (paper I, Eq. 4). here and there (B, L, ·); divergence "forward" is KL(q ‖ p). `chunk` rows at a time."""
     def rows(h, q, z, s, t):
-        log_p, log_q = (process.posterior(head(x).float().softmax(-1), z, s, t).clamp(min=1e-300).log() for head, x in zip(heads, (h, q)))
+        with torch.autocast(z.device.type, enabled=False):
+            other = heads[1](q)
+        log_p, log_q = (process.posterior(x.float().softmax(-1), z, s, t).clamp(min=1e-300).log() for x in (heads[0](h), other))
         return kl(log_p, log_q) if divergence == "reverse" else kl(log_q, log_p)
 
     levels = (alpha[:, None].expand(xt.shape).reshape(-1) for alpha in (alpha_s, alpha_t))
@@ -77,9 +79,10 @@ def walk(teacher, process, zt, alphas, fall, symbol):
     return named, z
 
 
-def sdtt_loss(student, teacher, process, zt, alphas, fall, symbol, divergence="reverse"):
+def sdtt_loss(student, teacher, process, zt, alphas, fall, symbol, divergence="reverse", posterior=False):
     """Self-Distillation Through Time, (B, L) nats, non-negative and 0 where zt (B, L) is no mask: the student at zt against the teacher on its `walk`. Both are networks with
-    `hidden` and `head`; divergence "reverse" is KL(student ‖ teacher), "forward" the other way round. Raises ValueError for any other."""
+    `hidden` and `head`; divergence "reverse" is KL(student ‖ teacher), "forward" the other way round. With `posterior` it is that of the steps, `posterior_kl`. Raises ValueError
+    for any other divergence."""
     if divergence not in ("reverse", "forward"):
         raise ValueError(f"divergence must be reverse or forward, got {divergence!r}")
     at, clean = zt == process.mask_id, torch.arange(process.vocab_size, device=zt.device) != process.mask_id
@@ -88,6 +91,8 @@ def sdtt_loss(student, teacher, process, zt, alphas, fall, symbol, divergence="r
     here = student.hidden(zt, -alphas[0].log())
     heads = [(net.head.weight[clean], net.head.bias[clean]) for net in (student, teacher)]  # the mask is never a clean token
     nats = linear_kl(here[at], *heads[0], there[at], *heads[1], divergence)
+    if posterior:  # the probability that the mask falls is all that it adds
+        nats = nats * ((alphas[-1] - alphas[0]) / (1 - alphas[0]))[:, None].expand(zt.shape)[at]
     return torch.zeros(zt.shape, dtype=nats.dtype, device=zt.device).masked_scatter(at, nats)
 
 # %% ../nbs/10_distillation.ipynb #e4997a75
@@ -156,9 +161,8 @@ class Distillation(Training):
         if fixed is not None:
             zt = torch.where(fixed, x0[rows], zt)
         numbers = [torch.rand(x0.shape, generator=generator, device=x0.device, dtype=torch.float64) for _ in range(2)]
-        nats = sdtt_loss(net, self.teacher, self.process, zt, [alpha[rows] for alpha in alphas], *(part[rows] for part in numbers), self.divergence)
-        falls = ((alphas[-1] - alphas[0]) / (1 - alphas[0]))[rows, None]  # the probability that a mask falls, all that a posterior adds
-        return nats * falls if self.match == "posterior" else nats
+        alphas = [alpha[rows] for alpha in alphas]
+        return sdtt_loss(net, self.teacher, self.process, zt, alphas, *(part[rows] for part in numbers), self.divergence, self.match == "posterior")
 
 
 def distillable():

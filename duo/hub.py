@@ -709,23 +709,35 @@ def _lightning(path: Path, raw: bool, settings: dict) -> Model:
     config, weights, ema = found.get("hyper_parameters") or {}, found.get("state_dict"), found.get("ema")
     if not isinstance(weights, dict):
         raise ValueError(f"{path}: has no state_dict; it holds {_some(map(str, found)) or 'nothing'}")
-    if {"ema", "net"} <= {name.partition(".")[0] for name in weights} and not settings:
-        return _ours(path, weights, "net." if raw else "ema.")
+    if _is_ours(weights) and not settings:
+        return _ours(path, found, raw)
     config = config["config"] if isinstance(config.get("config"), dict) else config
     averaged = None if raw or not ema else ema.get("shadow_params", [])
     training = {"file": path.name, "steps": found.get("global_step"), "weights": "as trained" if averaged is None else "average (EMA)"}
     return _assemble(path, weights, config, settings, training, averaged)
 
 
-def _ours(path: Path, weights: dict, prefix: str) -> Model:
-    """The `Model` of a checkpoint of a training of ours, by the config.json and tokenizer.json beside it; its weights begin with `prefix`."""
+def _is_ours(weights) -> bool:
+    """Whether tensors are those of a training of ours, by their names."""
+    return isinstance(weights, dict) and {"ema", "net"} <= {name.partition(".")[0] for name in weights}
+
+
+def _ours(path: Path, found: dict, raw: bool, read=True) -> Model:
+    """The `Model` of a checkpoint of a training of ours, by the config.json and tokenizer.json beside it; without `read`, its weights are only compared with these."""
+    if not _at(path.parent, "config.json").is_file():
+        raise ValueError(f"{path}: there is no config.json beside it; a training writes it at its first validation")
+    model, weights, prefix = _empty(path.parent), found["state_dict"], "net." if raw else "ema."
     if any(tensor.is_meta for tensor in weights.values()):  # they are in the shards of an fsdp training
         from duo.training import Checkpoint
-        weights = Checkpoint(path).whole("state_dict")["state_dict"]
-    model, found = _empty(path.parent), {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
-    shapes, wanted = ({name: tuple(tensor.shape) for name, tensor in some.items()} for some in (found, model.net.state_dict()))
+        shards = Checkpoint(path)
+        weights = shards.whole("state_dict")["state_dict"] if read else weights
+    state = {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
+    shapes, wanted = ({name: tuple(tensor.shape) for name, tensor in some.items()} for some in (state, model.net.state_dict()))
     _compare(path, shapes, wanted, "config.json asks for")
-    model.net.load_state_dict({name: tensor.to(torch.float32, copy=True) for name, tensor in found.items()}, assign=True)
+    if read:
+        model.net.load_state_dict({name: tensor.to(torch.float32, copy=True) for name, tensor in state.items()}, assign=True)
+    if (step := found.get("global_step")) != model.training.get("steps"):  # config.json tells of another moment
+        model.training = {name: fact for name, fact in model.training.items() if name not in ("tokens", "time")} | {"steps": step}
     return model
 
 
@@ -757,7 +769,7 @@ _NEEDED = {"dit": ("vocab_size", "hidden_size", "n_blocks", "n_heads", "cond_dim
 
 def load(source, raw: bool = False, device="cpu", **settings) -> Model:
     """The `Model` in a directory, in a repository of the Hugging Face hub ("owner/name"), or in a Lightning .ckpt, of the authors' code or of a training of ours
-    (last.ckpt, best.ckpt, beside the config.json that it writes at its first validation). The directory of a training that is not done yet means its last.ckpt.
+    (last.ckpt, best.ckpt, beside the config.json that `duo-run train` writes at its first validation). The directory of a training that is not done yet means its last.ckpt.
 
     raw=True takes the weights before averaging, of a directory from raw.safetensors or else last.ckpt. What a foreign file does not say, or says wrongly, can be given in `settings`: method, tokenizer (a
     name, a
@@ -792,11 +804,13 @@ def examine(source, raw: bool = False):
     source = Path(source)
     if source.is_file() and not zipfile.is_zipfile(source):
         raise ValueError(f"{source}: cannot be read as a checkpoint of torch.save; allowed: a .ckpt, or the folder that duo.hub.save wrote")
-    if source.is_file() or "model_type" in _config_of(_at(source, "config.json")):
-        return
-    model = _empty(source)
-    if not _in_last(source, raw):
-        _weights(_at(source, _RAW if raw else "model.safetensors"), model.net.state_dict(), read=False)
+    if source.is_file() or _in_last(source, raw):
+        path = source if source.is_file() else source / "last.ckpt"
+        found = read_checkpoint(path)  # mapped, not read
+        if _is_ours(found.get("state_dict")):
+            _ours(path, found, raw, read=False)
+    elif "model_type" not in _config_of(_at(source, "config.json")):
+        _weights(_at(source, _RAW if raw else "model.safetensors"), _empty(source).net.state_dict(), read=False)
 
 
 def _in_last(directory: Path, raw: bool) -> bool:

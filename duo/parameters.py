@@ -397,6 +397,8 @@ def _check_form(name, splits, params):
     given = {key: params[key] for key in ("layout", "separator") if "layout" in params and params[key] != "auto"}
     if is_images(name) or any(_first(name, split) is not None for split in splits):
         return [f"{key}: given {value} with data {name}, which has no documents; allowed: auto" for key, value in given.items()]
+    if name == "synthetic" and given.get("separator") == "eos":
+        return ["separator: given eos with data synthetic, whose documents are one text; allowed: auto, none"]
     padded = given["layout"] == "padded" if "layout" in given else name in DATASETS and DATASETS[name].padded
     if given and padded and params.get("streaming"):
         return ["layout: given padded with streaming true; allowed: auto, packed"]
@@ -665,7 +667,7 @@ def check_sample(params):
 def _check_fit(params, sampler, config):
     """Problems of a sampler and a checkpoint's config.json taken together."""
     from duo.likelihood import METHODS, make_process
-    from duo.samplers import Ancestral, AutoRegressive, Settled, check_sampler
+    from duo.samplers import TAILS, Ancestral, AutoRegressive, Settled, check_sampler
 
     out, block, classes, method = [], config["length"], config.get("num_classes") or 0, config["method"]
     process, length, stride, labels = make_process(method, 4, config.get("p_uniform")), params.get("length"), params.get("stride"), params.get("labels")
@@ -675,12 +677,14 @@ def _check_fit(params, sampler, config):
         check_sampler(sampler, process, config.get("time_conditioning", False), METHODS[method].objective == "score", params.get("tail", "sample"), params.get("top_p", 1.0),
                       params.get("temperature", 1.0), Settled(params["settled"]) if params.get("settled") else None)
     except ValueError as error:
-        out.append(f"sampler: given {params['sampler']} with a checkpoint of method {method}: {str(error).removeprefix('sampler: ')}")
+        out.append(str(error) if str(error).startswith("tail: ") else f"sampler: given {params['sampler']} with a checkpoint of method {method}: {str(error).removeprefix('sampler: ')}")
     if labels is not None and not all(0 <= label < classes for label in labels):
         out.append(f"labels: given {labels}; allowed: {f'null, or classes from 0 to {classes - 1}' if classes else 'null, the model has no labels'}")
     if stride is not None and (length or 0) <= block:
         out.append(f"stride: given {stride} with length {length}; allowed: null, or a length beyond the block of {block}")
-    elif stride is not None and stride >= block:
+    if params.get("tail") == "none" and (length or 0) > block:
+        out.append(f"tail: given none with length {length}, written in strides; allowed: {', '.join(TAILS[:-1])}, or up to a block of {block}")
+    if stride is not None and block < (length or 0) and stride >= block:
         out.append(f"stride: given {stride}; allowed: up to {block - 1}, less than the block of {block}")
     return out
 

@@ -498,6 +498,9 @@ def check_sampler(sampler, process, time_conditioning=False, scores=False, tail=
     arguments of `sample`, or where one of these is out of range. `process` is None for an autoregressive model."""
     if tail not in TAILS:
         raise ValueError(f"tail must be one of {', '.join(TAILS)}, got {tail!r}")
+    if tail == "none" and (stop is not None or process is None or process.mask_id is not None or isinstance(sampler, AutoRegressive)):
+        why = "stop, which ends with a last step" if stop is not None else f"{process or 'an autoregressive model'}, which has no noise but symbols that are no text"
+        raise ValueError(f"tail: given none with {why}; allowed: {', '.join(TAILS[:-1])}")
     _number("top_p", top_p, 0, 1, open_low=True)
     _number("temperature", temperature, 0, math.inf, open_low=True)
     masks, ar = process is not None and process.p_uniform == 0, isinstance(sampler, AutoRegressive)
@@ -525,8 +528,6 @@ def check_sampler(sampler, process, time_conditioning=False, scores=False, tail=
             isinstance(getattr(sampler, "kappa", None), Conf) and not masks,
             f"Conf remembers how sure a mask was filled in and needs absorbing noise, got {process}",
         ),
-        (tail == "none" and (ar or process is None or process.mask_id is not None), f"tail none leaves the noise of the last step in, which takes noise without a mask, got {process}"),
-        (tail == "none" and stop is not None, "stop ends with the last step, which tail none leaves out; take another tail, or stop None"),
         (ar and (stop is not None or scores), "AutoRegressive draws each token once, from logits: stop must be None, and the denoiser no LogScores"),
         (
             not ar and getattr(sampler, "cache", False) and time_conditioning,
@@ -770,10 +771,12 @@ def sample_first_hitting(denoiser, process, shape, steps=None, top_p=1.0, prompt
 def sample_strides(denoiser, process, schedule, shape, steps, block, stride, prompt=None, **options):
     """(B, L) tokens with L of `shape` longer than a `block`: a first block, then `stride` more tokens at a time after the block − stride before them.
 
-    `steps` network calls each time; `prompt` covers the whole text; the options are `sample`'s. Raises ValueError unless 1 ≤ stride < block."""
+    `steps` network calls each time; `prompt` covers the whole text; the options are `sample`'s. Raises ValueError unless 1 ≤ stride < block, and for tail none."""
     for name, value, low, high in (("block", block, 2, math.inf), ("stride", stride, 1, block - 1)):
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
             raise ValueError(f"{name} must be a whole number in [{low}, {high:g}], got {value!r}")
+    if options.get("tail") == "none":
+        raise ValueError(f"tail: given none in strides, which begin with what is written; allowed: {', '.join(TAILS[:-1])}")
     device = _device(denoiser, prompt, options.get("generator"), options.pop("device", None))
     tokens, fixed = _clamped(prompt, shape, device)
     x, fixed, done = tokens.clone(), fixed.clone(), 0

@@ -424,7 +424,7 @@ class Checkpoint:
         except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
             part = "" if file == self.path else f", a part of {self.path.name}"
             why = "missing" if not file.exists() else f"damaged ({' '.join(str(error).split())[:100]})"
-            raise ValueError(f"{file}: {why}{part}; --restart begins anew") from None
+            raise ValueError(f"{file}: {why}{part}") from None
 
     def rows(self, name, tensor, start=0, stop=None):
         """Rows `start` to `stop` of the `tensor` of that name in the tree, a copy."""
@@ -686,7 +686,10 @@ def _started_from(last, trainer, module, launched):
     if launched:
         trainer.strategy.connect(module)
         trainer.strategy.setup_environment()
-    start = Checkpoint(last).state["global_step"] if trainer.is_global_zero and last.exists() else None
+    try:
+        start = Checkpoint(last).state["global_step"] if trainer.is_global_zero and last.exists() else None
+    except ValueError as error:
+        raise ValueError(f"{error}; --restart begins anew") from None
     return trainer.strategy.broadcast(start) if launched else start
 
 
