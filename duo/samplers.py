@@ -498,8 +498,9 @@ def check_sampler(sampler, process, time_conditioning=False, scores=False, tail=
     arguments of `sample`, or where one of these is out of range. `process` is None for an autoregressive model."""
     if tail not in TAILS:
         raise ValueError(f"tail must be one of {', '.join(TAILS)}, got {tail!r}")
-    if tail == "none" and (stop is not None or process is None or process.mask_id is not None or isinstance(sampler, AutoRegressive)):
-        why = "stop, which ends with a last step" if stop is not None else f"{process or 'an autoregressive model'}, which has no noise but symbols that are no text"
+    if tail == "none" and (stop is not None or process is None or process.mask_id is not None):
+        why = ("stop (settled), which ends with a last step" if stop is not None else "an autoregressive model, which has no noise" if process is None
+               else f"{process}, whose mask would stay in the text")
         raise ValueError(f"tail: given none with {why}; allowed: {', '.join(TAILS[:-1])}")
     _number("top_p", top_p, 0, 1, open_low=True)
     _number("temperature", temperature, 0, math.inf, open_low=True)
