@@ -16,7 +16,7 @@ def relax(x0, gamma, tau, vocab_size, top_k=None, generator=None):
     """Soft input and hard token of one latent w = α̃ x + σ̃ ε: `(soft, xt)`, xt (B, L) = argmax w (paper I, section 4.1).
 
     x0 (B, L) int64, gamma (B,) or a float. soft is softmax(w/τ), (B, L, K) float32; with top_k it is `(indices, weights)`, each (B, L, k),
-    the k largest weights of that softmax in descending order, without the rest (paper II).
+    the k largest weights of that softmax in descending order, without the rest (paper II). `generator` may be a list, one for each row (dense).
     ValueError if tau ≤ 0, top_k is not in 1..K, or gamma has another length."""
     if not tau > 0: raise ValueError(f"tau is {tau}; it must be positive (at tau = 0 the input is the hard token itself)")
     gamma = torch.as_tensor(gamma, dtype=torch.float64, device=x0.device).reshape(-1, 1)
@@ -24,11 +24,13 @@ def relax(x0, gamma, tau, vocab_size, top_k=None, generator=None):
         raise ValueError(f"gamma has {len(gamma)} values; it must be a float or one value for each of the {len(x0)} rows of x0")
     a, s = alpha_tilde(gamma), alpha_tilde(-gamma)
     if top_k is not None: return _relax_top_k(x0, a, s, tau, vocab_size, top_k, generator)
-    w = torch.randn(*x0.shape, vocab_size, device=x0.device, generator=generator).mul_(s.float().unsqueeze(-1))
-    w.scatter_add_(-1, x0.unsqueeze(-1), a.float().expand(x0.shape).unsqueeze(-1))
+    w = torch.empty(*x0.shape, vocab_size, device=x0.device)
+    for rows, one in zip(w, generator) if isinstance(generator, list) else [(w, generator)]:
+        rows.normal_(generator=one)
+    w.mul_((s / tau).float().unsqueeze(-1)).scatter_add_(-1, x0.unsqueeze(-1), (a / tau).float().expand(x0.shape).unsqueeze(-1))
     xt = w.argmax(-1)
-    for rows in w.view(-1, vocab_size).split(max(1, (2**19 if w.is_cpu else 2**27) // vocab_size)):  # in place, some rows at a time, in cache
-        rows.copy_(rows.div_(tau).softmax(-1))
+    for rows in w.view(-1, vocab_size).split(max(1, (2**19 if w.is_cpu else 2**28) // vocab_size)):  # in place, some rows at a time, in cache
+        rows.copy_(rows.softmax(-1))
     return w, xt
 
 # %% ../nbs/07_curriculum.ipynb #ba5b5feb
@@ -108,7 +110,7 @@ class Curriculum:
     def sample(self, x0, t, vocab_size, generator=None):
         """x0 (B, L), t (B,) in [0, 1] → (input, xt, alpha, alpha_dot, sigma) (paper I, section 4.1).
 
-        input and xt as `relax` gives them; α and dα/dt (B, 1) and σ = −log α (B,) float32, computed in float64."""
+        input and xt as `relax` gives them from the `generator` or, dense, the generators of the rows; α and dα/dt (B, 1) and σ = −log α (B,) float32, computed in float64."""
         low, high = gamma_window(vocab_size, self.alpha_min, self.alpha_max)
         gamma = low + (high - low) * t.double()
         alpha, slope = uniform_alpha(gamma, vocab_size)
