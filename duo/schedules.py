@@ -24,7 +24,7 @@ def _float_or_tensor(method):
 
 
 def _check_eps(eps):
-    "eps is the level at t = 1: zero or more, and below the level 1 at t = 0."
+    "Raise ValueError unless `eps`, the share of the time that is left out, is in [0, 1)."
     if not 0 <= eps < 1:
         raise ValueError(f"eps must be in [0, 1), got {eps}")
 
@@ -55,7 +55,7 @@ class LogLinear:
 # %% ../nbs/01_schedules.ipynb #e740c9c6
 @dataclass(frozen=True)
 class Cosine:
-    "α_t = 1 − (1−eps)·cos(π/2·(1−t)): the schedule of the image experiments (paper II). Raises ValueError unless 0 ≤ eps < 1."
+    "α_t = 1 − cos(π/2·(1 − (1−eps)·t)): the schedule of the image experiments (paper II). Raises ValueError unless 0 ≤ eps < 1."
     eps: float = 1e-3
 
     def __post_init__(self):
@@ -64,20 +64,22 @@ class Cosine:
     @_float_or_tensor
     def alpha(self, t):
         "α_t, the probability that a token is still clean at time t in [0, 1]; same shape and dtype as `t`."
-        sin, cos = (math.pi / 2 * t).sin(), (math.pi / 2 * (1 - t)).sin()
-        return cos**2 / (1 + sin) + self.eps * sin
+        return self._cos(t) ** 2 / (1 + (math.pi / 2 * (1 - self.eps) * t).sin())
 
     @_float_or_tensor
     def alpha_dot(self, t):
-        "dα/dt = −(1−eps)·π/2·sin(π/2·(1−t)), 0 at t = 1; same shape and dtype as `t`."
-        return -(1 - self.eps) * math.pi / 2 * (math.pi / 2 * (1 - t)).sin()
+        "dα/dt = −(1−eps)·π/2·sin(π/2·(1 − (1−eps)·t)); same shape and dtype as `t`."
+        return -(1 - self.eps) * math.pi / 2 * self._cos(t)
 
     @_float_or_tensor
     def inverse(self, alpha):
-        "The time t at which α_t = alpha, for alpha in [eps, 1]; levels outside give the nearest end."
-        sin = ((1 - alpha) / (1 - self.eps)).clamp(0, 1)
-        f = ((alpha - self.eps) / (1 - self.eps)).clamp(0, 1)
-        return 2 / math.pi * torch.atan2(sin, (f * (1 + sin)).sqrt())
+        "The time t at which α_t = alpha, for alpha in [α_1, 1]; levels outside give the nearest end."
+        cos = (alpha * (2 - alpha)).clamp(min=0).sqrt()
+        return (torch.atan2(1 - alpha, cos) / (math.pi / 2 * (1 - self.eps))).clamp(0, 1)
+
+    def _cos(self, t):
+        "cos(π/2·(1−eps)·t), as the sine of the angle that is left."
+        return (math.pi / 2 * ((1 - t) + self.eps * t)).sin()
 
 # %% ../nbs/01_schedules.ipynb #bf1124d5
 SCHEDULES = {"log-linear": LogLinear, "cosine": Cosine}
