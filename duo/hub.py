@@ -25,13 +25,13 @@ from huggingface_hub import ModelHubMixin
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from .data import CharTokenizer, PixelTokenizer, SubwordTokenizer, tokenizer_from_json
+from .data import DATASETS, CharTokenizer, PixelTokenizer, SubwordTokenizer, tokenizer_from_json
 from .data import tokenizer as tokenizer_of
 from .dit import DiT, DiTConfig
-from .likelihood import METHODS, Staircase, clean_bias, linear_ar_nll, linear_nelbo, linear_score_nelbo, make_process, network_vocab, score_scale
+from .likelihood import METHODS, Staircase, clean_bias, left_to_right_nll, linear_nelbo, linear_score_nelbo, make_process, network_vocab, score_scale
 from .metrics import Scores, judge_of
 from .processes import Absorbing, Process
-from .samplers import SAMPLERS, Ancestral, AutoRegressive, FirstHitting, LogScores, guided, make_sampler, sample, sample_strides, template
+from .samplers import SAMPLERS, Ancestral, AutoRegressive, FirstHitting, LogScores, guided, make_sampler, sample, sample_in_frame, sample_strides, template
 from .schedules import SCHEDULES, Cosine, LogLinear
 from .unet import UNet, UNetConfig, unet_nelbo
 
@@ -126,9 +126,9 @@ class Model(ModelHubMixin):
     """A network with all that it needs to write and judge text: a `method` of `likelihood.METHODS`, its schedule (None for autoregressive models), a
     tokenizer and the block length; `training` holds facts of the run that made it. `mask_id` is the tokenizer's own symbol that serves as the mask,
     or that
-    an autoregressive model never writes; `bos_id` its own that begins the text (None: a symbol behind the tokenizer's). `p_uniform` is the share of
+    an autoregressive model never writes; `bos_id` its own that it reads before the text (None: the frame's, or else a symbol behind the tokenizer's). `p_uniform` is the share of
     uniform noise (gidd), `T` the number of
-    steps of which `loss` is the bound (d3pm; None: infinitely many). ValueError where these do not fit.
+    steps of which `loss` is the bound (d3pm; None: infinitely many). `frame` is (bos, eos), the symbols around each text that it learnt, or None. ValueError where these do not fit.
 
     `model.sample(4)` writes, `model.nll(texts)` judges, `model.loss` goes to `metrics.evaluate_bound`, `model.denoiser` to `samplers.sample`;
     `from_pretrained`, `save_pretrained` and `push_to_hub` are huggingface_hub's.
@@ -143,6 +143,7 @@ class Model(ModelHubMixin):
     bos_id: int | None = None
     p_uniform: float | None = None
     T: int | None = None
+    frame: tuple[int, int] | None = None
     process: Process | None = dataclasses.field(init=False)
 
     def __post_init__(self):
@@ -164,6 +165,9 @@ class Model(ModelHubMixin):
             raise ValueError(f"schedule must be {'None' if self.process is None else 'given'} for {self.method}, got {self.schedule!r}")
         if getattr(self.net.config, "length", self.length) != self.length:
             raise ValueError(f"length must be {self.net.config.length}, the network's pixels, got {self.length}")
+        if self.frame is not None and (len(self.frame) != 2 or not all(isinstance(i, int) and 0 <= i < V for i in self.frame)):
+            raise ValueError(f"frame: given {repr(self.frame)[:80]}; allowed: two tokens (bos, eos), whole numbers from 0 to {V - 1}, or None")
+        self.frame = None if self.frame is None else tuple(self.frame)
         self.net.eval()
 
     @property
@@ -171,7 +175,7 @@ class Model(ModelHubMixin):
         """What config.json says: method, schedule, length, tokenizer, the fields of the network's configuration, and the facts of training."""
         names = {kind: name for name, kind in SCHEDULES.items()}
         schedule = {"schedule": names.get(type(self.schedule)), "schedule_eps": getattr(self.schedule, "eps", None)}
-        more = {"network": "unet"} if isinstance(self.net, UNet) else {}
+        more = {"network": "unet"} if isinstance(self.net, UNet) else {"frame": self.frame and list(self.frame)}
         more |= {key: value for key in _SOMETIMES if (value := getattr(self, key)) is not None}
         return {"method": self.method, **schedule, "length": self.length, "tokenizer": self.tokenizer.name, **more,
                 **dataclasses.asdict(self.net.config), "training": self.training}
@@ -201,7 +205,7 @@ class Model(ModelHubMixin):
     def ends(self) -> tuple[int, int]:
         """Of an autoregressive model: the symbol that it never writes, and the one that it reads before the first token."""
         never = self.tokenizer.vocab_size if self.mask_id is None else self.mask_id
-        return never, never if self.bos_id is None else self.bos_id
+        return never, self.bos_id if self.bos_id is not None else self.frame[0] if self.frame else never
 
     @property
     def denoiser(self):
@@ -214,19 +218,24 @@ class Model(ModelHubMixin):
         return _Clean(self.net, self.process) if METHODS[self.method].prior == "hybrid" else self.net
 
     def loss(self, x0, t, generator=None, labels=None) -> torch.Tensor:
-        """(B, L) nats of x0 (B, L) at times t (B,): one draw of the bound (paper I, Eq. 17), or the exact −log p of an autoregressive model. A
-        network
+        """(B, L) nats of x0 (B, L) at times t (B,): one draw of the bound (paper I, Eq. 17), or the exact −log p of an autoregressive model, 0 for
+        a first token that is the one it begins with. A network
         with classes is told the `labels` (B,), or none."""
         if self.process is None:
             never, start = self.ends
-            hidden = self.net.hidden(torch.cat([torch.full_like(x0[:, :1], start), x0[:, :-1]], 1))
             bias = self.net.head.bias.index_fill(0, torch.tensor(never, device=x0.device), -torch.inf)
-            return linear_ar_nll(hidden, self.net.head.weight, bias, x0)
+            return left_to_right_nll(self.net.hidden, self.net.head.weight, bias, x0, start)
         if not isinstance(t, torch.Tensor) or t.shape != x0.shape[:1] or not ((t >= 0) & (t <= 1)).all():
             raise ValueError(f"t: given {' '.join(repr(t)[:60].split())}; allowed: ({len(x0)},) times from 0 to 1, one for each row of x0")
         schedule = Staircase(self.schedule, self.T) if self.T else self.schedule
         alpha, alpha_dot = schedule.alpha(t)[:, None], schedule.alpha_dot(t)[:, None]
         return self.bound(x0, self.process.corrupt(x0, alpha, generator), alpha, alpha_dot, labels)
+
+    def counted(self, x0) -> torch.Tensor:
+        """(B, L) bool: the tokens of x0 (B, L) that `loss` scores, all but the first ones that an autoregressive model is given."""
+        counts = torch.ones_like(x0, dtype=torch.bool)
+        counts[:, 0] = self.process is not None or x0[:, 0] != self.ends[1]
+        return counts
 
     def bound(self, x0, xt, alpha, alpha_dot, labels=None) -> torch.Tensor:
         """(B, L) nats of the bound's integrand for clean x0 and noisy xt, (B, L) each, at α (B, 1) with the derivative α′ (B, 1)."""
@@ -243,7 +252,8 @@ class Model(ModelHubMixin):
         bound: the mean of `draws` draws, of each text one in each draws-th of the times, and noisy for short texts: `nats_se` of the scores is its standard
         error over the draws, which falls as 1/√draws or faster (0 where exact, NaN of one draw). seed or generator make it repeatable.
 
-        Longer texts are cut into blocks of `length`. For a data set and its Monte-Carlo error see `metrics.evaluate_bound(model.loss, …)`.
+        Longer texts are cut into blocks of `length`, each in the model's frame, whose symbols count as in training; tokens that begin with its first one have theirs already.
+        For a data set and its Monte-Carlo error see `metrics.evaluate_bound(model.loss, …)`.
         """
         _whole_numbers(1, draws=draws, batch_size=batch_size)
         _whole_numbers(0, seed=seed)
@@ -251,16 +261,23 @@ class Model(ModelHubMixin):
             generator = torch.Generator(self.device).manual_seed(seed)
         texts = [texts] if isinstance(texts, str) or not hasattr(texts, "__iter__") else texts
         rows = [self.encode(t) if isinstance(t, str) else _tokens("nll", t, self.tokenizer.vocab_size) for t in texts]
-        blocks = [(i, block) for i, row in enumerate(rows) for block in row.split(self.length) if len(block)]
-        nats, variance = torch.zeros(2, len(rows), dtype=torch.float64)
+        blocks = [(i, block) for i, row in enumerate(rows) for block in self._blocks(row)]
+        nats, variance, tokens = torch.zeros(3, len(rows), dtype=torch.float64)
         for size in sorted({len(block) for _, block in blocks}):
             owners, same = zip(*((i, block) for i, block in blocks if len(block) == size))
             found = self._nats(torch.stack(same), draws, batch_size, generator)
             nats.index_add_(0, torch.tensor(owners), found.mean(1))
+            tokens.index_add_(0, torch.tensor(owners), self.counted(torch.stack(same)).sum(1).double())
             variance.index_add_(0, torch.tensor(owners), _variance(found) if self.process is not None else torch.zeros(len(same)).double())
         read = [t if isinstance(t, str) else self.decode(t) for t in texts]
         characters = [len(t) if isinstance(t, str) else len(row) for t, row in zip(read, rows)]  # of an image, its pixels
-        return Scores(nats, torch.tensor([len(r) for r in rows]).double(), torch.tensor(characters).double(), variance.sqrt())
+        return Scores(nats, tokens, torch.tensor(characters).double(), variance.sqrt())
+
+    def _blocks(self, row):
+        """Tokens (n,) as blocks in the model's frame; what begins with its first symbol is in it already."""
+        begin, end = ([], []) if self.frame is None or row[:1].tolist() == [self.frame[0]] else ([i] for i in self.frame)
+        parts = row.split(self.length - len(begin + end))
+        return [torch.cat([part.new_tensor(begin), part, part.new_tensor(end)]) for part in parts if len(part)]
 
     @torch.no_grad()
     def _nats(self, x0, draws, batch_size, generator):
@@ -279,7 +296,17 @@ class Model(ModelHubMixin):
                batch_size: int = 64, generator=None, callback=None) -> list[str]:
         """n texts in `steps` network calls that continue the `prompt`, or fill its gaps: in "Dear {12}, yours {}" `{12}` is a gap of twelve tokens, `{}`
         one that fills the rest. The arguments are those of `sample_tokens`."""
-        return self.decode(self.sample_tokens(**{name: value for name, value in locals().items() if name != "self"}))
+        return self.text(self.sample_tokens(**{name: value for name, value in locals().items() if name != "self"}))
+
+    def text(self, tokens) -> Any:
+        """`decode` of tokens (n,) or (N, n) without the frame around them."""
+        if self.frame is None:
+            return self.decode(tokens)
+        tokens = torch.as_tensor(tokens)
+        if tokens.dim() == 2:
+            return [self.text(row) for row in tokens]
+        first, last = (part.tolist() == [symbol] for part, symbol in zip((tokens[:1], tokens[-1:]), self.frame))
+        return self.decode(tokens[first : len(tokens) - last])
 
     def sample_tokens(self, n: int = 1, steps: int = 64, sampler=None, top_p: float = 1.0, tail: str = "sample", prompt=None, seed: int | None = None,
                       generator=None, batch_size: int = 64, callback=None, temperature: float = 1.0, stop=None, length: int | None = None,
@@ -288,7 +315,7 @@ class Model(ModelHubMixin):
 
         steps: network calls (an autoregressive model, and FirstHitting, make one a token and ignore it); sampler: Ancestral() by default, or a name of `samplers.SAMPLERS`; prompt: a
         text
-        that every sample begins with or that has gaps (`samplers.template`), or (tokens, is_fixed) of `samplers.sample`; seed or generator make it
+        that every sample begins with or that has gaps (`samplers.template`), in the model's frame, or (tokens, is_fixed) of `samplers.sample`, frame included; seed or generator make it
         repeatable; length (default: a block) beyond a block is written in strides of `stride` tokens (default: half a block), each with `steps`
         calls.
         labels: of a model with classes, the class of all samples or of each, (n,); guidance: the weight of `samplers.guided` (1: none).
@@ -307,9 +334,15 @@ class Model(ModelHubMixin):
         if isinstance(sampler, (AutoRegressive, FirstHitting)):
             steps = None
         length = length or self.length
-        write = sample if length <= self.length else functools.partial(sample_strides, block=self.length, stride=stride or self.length // 2)
+        begin, end = self._around(isinstance(prompt, str) or length > self.length)
         if isinstance(prompt, str):
-            prompt = tuple(part.to(self.device) for part in template(prompt, self.encode, length))
+            prompt = tuple(part.to(self.device) for part in template(prompt, self.encode, length - len(begin + end)))
+        elif prompt is not None and begin:
+            prompt = self._inside(prompt, begin[0], len(end))
+        write = functools.partial(sample_in_frame, begin=begin, end=end) if begin and not self._starts else sample
+        if length > self.length:
+            write = functools.partial(sample_strides, block=self.length - len(begin + end), stride=stride or self.length // 2, write=write)
+        length -= len(begin + end)
         options = dict(sampler=sampler, tail=tail, top_p=top_p, prompt=prompt, generator=generator, callback=callback, device=self.device,
                        temperature=temperature, stop=stop)
         found = []
@@ -317,7 +350,26 @@ class Model(ModelHubMixin):
             b = min(batch_size, n - a)
             denoiser = self.denoiser if labels is None else guided(self.net, guidance, labels[a:a + b])
             found.append(write(denoiser, self.process, self.schedule, (b, length), steps, **options))
-        return torch.cat(found)
+        x = torch.cat(found)
+        return torch.cat([x.new_tensor(begin).expand(n, -1), x, x.new_tensor(end).expand(n, -1)], 1)
+
+    @property
+    def _starts(self) -> bool:
+        """Whether it is autoregressive and reads the first symbol of its frame before the text."""
+        return self.process is None and self.frame is not None and self.ends[1] == self.frame[0]
+
+    def _around(self, framed):
+        """(begin, end): the tokens around what it writes, each in a list: those of its frame, where it is asked for or the model cannot do without."""
+        if self.frame is None or not (framed or self._starts):
+            return [], []
+        return [self.frame[0]], [self.frame[1]] if self.process is not None else []
+
+    def _inside(self, prompt, first, last):
+        """The prompt (tokens, is_fixed) without the token `first` and the `last` ones of its frame."""
+        tokens, fixed = prompt
+        if (fixed[..., :1] & (tokens[..., :1] != first)).any():
+            raise ValueError(f"prompt: given a text that begins with token {int(tokens.flatten()[0])}; allowed: {first}, the first symbol of the model's frame")
+        return tuple(part[..., 1 : part.shape[-1] - last] for part in prompt)
 
     def _sampler(self, given):
         """The sampler that is meant: an object, a name of `samplers.SAMPLERS`, or None for the model's own. ValueError in one line for what is none."""
@@ -521,6 +573,7 @@ _PLACES = {  # our name of a setting → where configurations of Lightning files
     "fix_logistic": ("model.fix_logistic", "fix_logistic"),
     "num_classes": ("data.num_classes",),
     "T": ("algo.T",),
+    "frame": (),
 }
 _SCHEDULES = {"log-linear": LogLinear, "loglinear": LogLinear, "cosine": Cosine}
 _GUESSES = {50257: "gpt2", 50258: "gpt2", 30522: "bert-base-uncased"}  # rows of the embedding → tokenizer, where a file does not say
@@ -632,6 +685,11 @@ def _symbols(method, tokenizer, rows):
     return tokenizer, own, tokenizer.bos_id if METHODS[method].prior is None else None
 
 
+def _convention(tokenizer):
+    """The frame that a tokenizer's own symbols make, (bos, eos), as the authors put it around all text; None where it lacks them."""
+    return None if None in (own := (tokenizer.bos_id, tokenizer.eos_id)) else own
+
+
 def _assemble(path, weights: dict, config: dict, settings: dict, training: dict, averaged=None) -> Model:
     """The `Model` of foreign weights: tensors by their names in the file, its configuration, what the caller says, and the list of averaged
     parameters."""
@@ -677,12 +735,14 @@ def _shell(method, state, found, training) -> Model:
         channels, side = state["input_conv.weight"].shape[1], math.isqrt(int(found.get("length", 0)) // state["input_conv.weight"].shape[1])
         tokenizer = PixelTokenizer(channels, max(side, 1), max(side, 1)) if name is None or isinstance(name, str) else name
         config, mask_id, bos_id = _unet_config(state, found, network_vocab(method, tokenizer.vocab_size)), None, None
+        frame = None
     else:
         config = _dit_config(state, found)
         name = _GUESSES.get(config.vocab_size) if name is None else name
         if name is None:
             raise ValueError(f"the file does not say its tokenizer, and {config.vocab_size} symbols do not tell; load(…, tokenizer=…) can")
         tokenizer, mask_id, bos_id = _symbols(method, tokenizer_of(name) if isinstance(name, (str, Path)) else name, config.vocab_size)
+        frame = found["frame"] if "frame" in found else _convention(tokenizer)
     kind = str(found.get("schedule", "log-linear")).lower()
     if kind not in _SCHEDULES:
         raise ValueError(f"its noise is {kind}; allowed: {', '.join(_SCHEDULES)}")
@@ -698,8 +758,9 @@ def _shell(method, state, found, training) -> Model:
             found["length"],
             training,
             mask_id,
-            bos_id,
+            bos_id if frame is None else None,
             T=found.get("T") or None if method == "d3pm" else None,
+            frame=frame,
         )
 
 
@@ -773,7 +834,7 @@ def load(source, raw: bool = False, device="cpu", **settings) -> Model:
 
     raw=True takes the weights before averaging, of a directory from raw.safetensors or else last.ckpt. What a foreign file does not say, or says wrongly, can be given in `settings`: method, tokenizer (a
     name, a
-    directory or an object), length, schedule, schedule_eps, time_conditioning, n_heads, dropout, fix_logistic. No code from the file runs.
+    directory or an object), length, schedule, schedule_eps, time_conditioning, n_heads, dropout, fix_logistic, frame ((bos, eos) around each text, or None; unsaid, the tokenizer's own symbols where it has both). No code from the file runs.
     Raises ValueError in one line that says which file or setting is missing, unknown, damaged or does not fit.
     """
     if not isinstance(source, (str, os.PathLike)) or not str(source):
@@ -833,11 +894,22 @@ def _empty(directory: Path) -> Model:
         network, shape = _KINDS[config.get("network", "dit")]
         shape = shape(**{f.name: config[f.name] for f in dataclasses.fields(shape) if f.name in config})
         schedule = None if config["schedule"] is None else SCHEDULES[config["schedule"]](config["schedule_eps"])
-        sometimes = {key: config.get(key) for key in _SOMETIMES}
+        sometimes = {key: config.get(key) for key in _SOMETIMES} | _frame(config, tokenizer)
         with torch.device("meta"):
             return Model(network(shape), config["method"], schedule, tokenizer, config["length"], config.get("training", {}), **sometimes)
     except (ValueError, TypeError) as err:
         raise ValueError(f"{directory / 'config.json'}: {err}") from None
+
+
+def _frame(config, tokenizer) -> dict:
+    """The `frame` of a `Model` by its config.json. An older one, which does not say it, had that of its data, behind the start token that it had."""
+    if "frame" in config or config.get("network") == "unet":
+        return {"frame": config.get("frame")}
+    if config.get("bos_id") is not None:  # published by the authors
+        return {"frame": _convention(tokenizer), "bos_id": None}
+    row = DATASETS.get(config.get("training", {}).get("data"))
+    frame = _convention(tokenizer) if row is not None and row.frame else None
+    return {"frame": frame, "bos_id": tokenizer.vocab_size} if frame and config["method"] == "ar" else {"frame": frame}
 
 
 def _directory(source, **download) -> Path:
@@ -871,7 +943,7 @@ def _config(path: Path) -> dict:
     kind = config.get("network", "dit")
     if kind not in _KINDS:
         raise ValueError(f"{path}: network must be one of {', '.join(_KINDS)}, got {kind!r}")
-    needed, known = {*_ALWAYS, *_NEEDED[kind]}, {f.name for f in dataclasses.fields(_KINDS[kind][1])} | {"training", "dtype", "network", *_SOMETIMES}
+    needed, known = {*_ALWAYS, *_NEEDED[kind]}, {f.name for f in dataclasses.fields(_KINDS[kind][1])} | {"training", "dtype", "network", "frame", *_SOMETIMES}
     if wrong := [
         f"{word} {', '.join(sorted(keys))}" for word, keys in (("lacks", needed - {*config}), ("has unknown", {*config} - needed - known)) if keys
     ]:
@@ -882,7 +954,7 @@ def _config(path: Path) -> dict:
         fits = {int: (int,), float: (int, float), bool: (bool,), str: (str,)}.get(f.type)
         if fits and f.name in config and type(config[f.name]) not in fits:
             raise ValueError(f"{path}: {f.name}: given {config[f.name]!r}; allowed: {f.type.__name__}")
-    for key, fits in (("method", (str,)), ("schedule_eps", (int, float, type(None))), ("training", (dict,)), *((key, (int, float, type(None))) for key in _SOMETIMES)):
+    for key, fits in (("method", (str,)), ("schedule_eps", (int, float, type(None))), ("training", (dict,)), ("frame", (list, type(None))), *((key, (int, float, type(None))) for key in _SOMETIMES)):
         if key in config and type(config[key]) not in fits:
             raise ValueError(f"{path}: {key}: given {config[key]!r}; allowed: {' or '.join(kind.__name__.replace('NoneType', 'null') for kind in fits)}")
     if type(config["length"]) is not int or config["length"] < 1:

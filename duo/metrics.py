@@ -157,7 +157,8 @@ def evaluate_bound(loss, blocks, draws: int = 8, batch_size: int = 64, mask=None
     weighted by dt/du, so that every power is unbiased (1: uniform t, as in the papers). blocks (N, L); mask (N, L), true where a token counts;
     characters (N,) of each block, or one number for all (mask and characters default to those of `duo.data.Blocks`); exact=True for a likelihood
     that does not depend on t: one pass, no Monte-Carlo error; labels (N,) int64: handed on, loss(x0, t, generator, labels (B,)). Batches go to
-    `device` (that of the blocks where None), where a generator must be.
+    `device` (that of the blocks where None), where a generator must be. Where `loss` is a method of a model with `counted(x0)` (`hub.Model`), tokens
+    that this denies do not count either.
     Raises ValueError for fewer than two draws, which have no standard error.
     """
     if exact:
@@ -170,12 +171,13 @@ def evaluate_bound(loss, blocks, draws: int = 8, batch_size: int = 64, mask=None
     nats = torch.zeros(draws, n, dtype=torch.float64)
     tokens = torch.zeros(n, dtype=torch.float64)
     times = [low_discrepancy(n, 0.0, generator, device)[torch.randperm(n, generator=generator, device=device)].double() for _ in range(draws)]
+    counted = getattr(getattr(loss, "__self__", None), "counted", torch.ones_like)
     work = [(r, a) for r in range(draws) for a in range(0, n, batch_size)]
     with torch.no_grad():
         for r, a in _progress(work, progress):
             rows = slice(a, a + batch_size)
             x0 = torch.as_tensor(blocks[rows]).to(device, torch.int64)
-            keep = torch.ones_like(x0) if mask is None else torch.as_tensor(mask[rows]).to(x0)
+            keep = counted(x0).to(x0) * (1 if mask is None else torch.as_tensor(mask[rows]).to(x0))
             u = times[r][rows]
             more = () if labels is None else (torch.as_tensor(labels[rows]).to(device),)
             nats[r, rows] = torch.where(keep.bool(), loss(x0, u**power, generator, *more), 0).double().sum(-1).cpu()

@@ -7,7 +7,7 @@ __all__ = ['TAILS', 'SAMPLERS', 'KAPPAS', 'Step', 'Linear', 'Hold', 'Constant', 
            'Loop', 'Phases', 'Ancestral', 'Psi', 'Gibbs', 'Analytic', 'FirstHitting', 'AutoRegressive', 'plan',
            'posterior_from_loo', 'loo_from_posterior', 'score_from_loo', 'loo_from_score', 'LogScores', 'log_scores',
            'tweedie', 'temper', 'Guided', 'guided', 'greedy_tail', 'check_sampler', 'Settled', 'sample', 'sample_ar',
-           'sample_first_hitting', 'sample_strides', 'template', 'make_sampler']
+           'sample_first_hitting', 'sample_in_frame', 'sample_strides', 'template', 'make_sampler']
 
 # %% ../nbs/11_samplers.ipynb #ee723b58
 import math
@@ -769,10 +769,21 @@ def sample_first_hitting(denoiser, process, shape, steps=None, top_p=1.0, prompt
     return x
 
 # %% ../nbs/11_samplers.ipynb #f5b7f49f
-def sample_strides(denoiser, process, schedule, shape, steps, block, stride, prompt=None, **options):
+def sample_in_frame(denoiser, process, schedule, shape, steps, begin=(), end=(), prompt=None, **options):
+    """(B, L) tokens by `sample` between the tokens `begin` and `end`, which the network sees, which never change and are not returned."""
+    device = _device(denoiser, prompt, options.get("generator"), options.pop("device", None))
+    tokens, fixed = _clamped(prompt, shape, device)
+    around = lambda x, a, b: torch.cat([x.new_tensor(a).expand(len(x), -1), x, x.new_tensor(b).expand(len(x), -1)], 1)
+    prompt = around(tokens, begin, end), around(fixed, [True] * len(begin), [True] * len(end))
+    x = sample(denoiser, process, schedule, prompt[0].shape, steps, prompt=prompt, device=device, **options)
+    return x[:, len(begin) : x.shape[1] - len(end)]
+
+
+def sample_strides(denoiser, process, schedule, shape, steps, block, stride, prompt=None, write=sample, **options):
     """(B, L) tokens with L of `shape` longer than a `block`: a first block, then `stride` more tokens at a time after the block − stride before them.
 
-    `steps` network calls each time; `prompt` covers the whole text; the options are `sample`'s. Raises ValueError unless 1 ≤ stride < block, and for tail none."""
+    `steps` network calls each time; `prompt` covers the whole text; `write` is what writes a block, with the options of `sample`. Raises ValueError
+    unless 1 ≤ stride < block, and for tail none."""
     for name, value, low, high in (("block", block, 2, math.inf), ("stride", stride, 1, block - 1)):
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
             raise ValueError(f"{name} must be a whole number in [{low}, {high:g}], got {value!r}")
@@ -784,7 +795,7 @@ def sample_strides(denoiser, process, schedule, shape, steps, block, stride, pro
     while done < shape[1]:
         end = min(done + (stride if done else block), shape[1])
         window = slice(max(end - block, 0), end)
-        x[:, window] = sample(
+        x[:, window] = write(
             denoiser, process, schedule, x[:, window].shape, steps, prompt=(x[:, window], fixed[:, window]), device=device, **options
         )
         fixed[:, window], done = True, end

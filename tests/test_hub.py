@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 from duo.data import PixelTokenizer
 from duo.hub import Model, load, read_checkpoint, save
+from duo.metrics import evaluate_bound
 
 DATA = Path(__file__).parent / "data"
 
@@ -141,8 +142,16 @@ def test_lightning_causal(tmp_path, make, start, never):
     same(model.net(given["x"]), causal_by_hand(state, given["x"]), "ar")
     assert model.ends == (never, start)
     x = given["x"].clamp(max=8) if never == 10 else torch.where(given["x"] == 4, 5, given["x"])
-    logits = causal_by_hand(state, torch.cat([torch.full((3, 1), start), x[:, :-1]], 1)).index_fill(-1, torch.tensor(never), -math.inf)
-    same(model.loss(x, None), F.cross_entropy(logits.mT, x, reduction="none"), "likelihood of ar")
+    bare, framed = torch.where(x == start, 6, x), x.index_fill(1, torch.tensor(0), start)
+    logits = causal_by_hand(state, torch.cat([torch.full((3, 1), start), bare[:, :-1]], 1)).index_fill(-1, torch.tensor(never), -math.inf)
+    same(model.loss(bare, None), F.cross_entropy(logits.mT, bare, reduction="none"), "likelihood of ar, text without its first symbol")
+    logits = causal_by_hand(state, framed[:, :-1]).index_fill(-1, torch.tensor(never), -math.inf)
+    by_hand = F.cross_entropy(logits.mT, framed[:, 1:], reduction="none")
+    same(model.loss(framed, None), F.pad(by_hand, (1, 0)), "likelihood of ar in its frame: x[:-1] is read and x[1:] is scored")
+    bound = evaluate_bound(model.loss, framed, exact=True)
+    assert abs(bound.perplexity().mean - by_hand.double().mean().exp()) < 1e-4 and bound.scores.tokens.tolist() == [5, 5, 5]
+    assert torch.equal(model.nll(framed).nats, bound.scores.nats) and model.nll(bare[:, :4]).tokens.tolist() == [5, 5, 5]
+    assert (model.sample_tokens(64, seed=0)[:, 0] == start).all()
     assert not (model.sample_tokens(64, seed=0) == never).any()
     again = load(save(model, tmp_path / "ours"))
     assert again.ends == model.ends and torch.equal(again.sample_tokens(4, seed=0), model.sample_tokens(4, seed=0))
