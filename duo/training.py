@@ -43,7 +43,7 @@ from tqdm import tqdm
 
 from .data import Batches
 from .dit import DiT
-from .likelihood import METHODS, Staircase, clean_bias, linear_ar_nll, linear_nelbo, linear_score_nelbo, make_process, network_vocab
+from .likelihood import METHODS, Staircase, clean_bias, left_to_right_nll, linear_nelbo, linear_score_nelbo, make_process, network_vocab
 from .schedules import low_discrepancy
 from .unet import UNet, UNetConfig, unet_nelbo
 
@@ -128,12 +128,14 @@ def given(x, x0, fixed):
     return torch.where(fixed[..., None], torch.nn.functional.one_hot(x0, x.shape[-1]).to(x), x)
 
 
-def ar_loss(net, x0, bos, weights=None):
-    """−log p(x^i | x^{<i}) in nats, (B, L), of a causal net whose first input is the token
-    `bos`, the last of the vocabulary, which is never predicted; exact, not a bound. Times `weights` (B, L), if given."""
-    x = torch.cat([torch.full_like(x0[:, :1], bos), x0[:, :-1]], 1)
-    nats = linear_ar_nll(net.hidden(x), net.head.weight[:bos], net.head.bias[:bos], x0, weights=weights)
-    return nats if weights is None else nats * weights
+def ar_loss(net, x0, bos, weights=None, start=None):
+    """−log p(x^i | x^{<i}) in nats, (B, L), of a causal net whose first input is the token `start` (None: `bos`, the last of the vocabulary,
+    which is never predicted); exact, not a bound. Times `weights` (B, L) of mean 1, if given. The first token of a row that begins with `start` itself
+    costs 0, and the others so much more that the mean over the row is over them alone."""
+    start = bos if start is None else start
+    nats = left_to_right_nll(net.hidden, net.head.weight[:bos], net.head.bias[:bos], x0, start, weights)
+    share = (1.0 if weights is None else weights[:, :1]) / x0.shape[1]  # what the first token has of the weight of all
+    return torch.where(x0[:, :1] == start, nats / (1 - share), nats)
 
 # %% ../nbs/09_training.ipynb #20e5a59b
 class Training(L.LightningModule):
@@ -143,13 +145,14 @@ class Training(L.LightningModule):
     tensors with b rows such as labels. `ema` is the decay of the average of the
     weights, `grad_clip` the largest norm of the gradient (0: any). `decay`, `halve_every` and `lr_min` are those of `learning_rate`, `betas` and `adam_eps` AdamW's.
     `T` steps are those of d3pm, `p_uniform` is the share of uniform noise of gidd; with `low_variance` mdlm and d3pm learn from the plain cross entropy. `times`
-    draws the times of a training step; those of a validation are of low discrepancy."""
+    draws the times of a training step; those of a validation are of low discrepancy. `start` is the token that begins each block of an autoregressive method
+    (None: one behind the vocabulary, before the block)."""
 
     def __init__(self, config, method="duo", *, vocab_size, schedule=None, curriculum=None, batch_size=32, max_steps=1000, lr=3e-4, decay="constant",
                  warmup_steps=0, weight_decay=0.0, grad_clip=1.0, ema=0.9999, seed=0, compile=False, T=None, p_uniform=None, low_variance=False,
-                 betas=(0.9, 0.999), adam_eps=1e-8, lr_min=0.0, halve_every=None, times=low_discrepancy):
+                 betas=(0.9, 0.999), adam_eps=1e-8, lr_min=0.0, halve_every=None, times=low_discrepancy, start=None):
         super().__init__()
-        self.process, self.bos = make_process(method, vocab_size, p_uniform), vocab_size
+        self.process, self.bos, self.start = make_process(method, vocab_size, p_uniform), vocab_size, start
         row = METHODS[method]
         if config.vocab_size != (width := network_vocab(method, vocab_size)):
             raise ValueError(f"config: given a network of vocab_size {config.vocab_size} for {method} with {vocab_size} symbols; allowed: {width}")
@@ -178,7 +181,7 @@ class Training(L.LightningModule):
     def nats(self, net, x0, generator=None, step=None, first=0, batch_size=None, labels=None, fixed=None, weights=None):
         """(b, L) nats of the training objective at `step`, of the true bound when step is None, times the `weights`; see `bound`."""
         if self.process is None:
-            return ar_loss(net, x0, self.bos, weights)
+            return ar_loss(net, x0, self.bos, weights, self.start)
         curriculum = None if step is None or self.curriculum is None else self.curriculum.at(step)
         return bound(net, self.process, self.schedule, x0, generator, curriculum, first, batch_size, labels, fixed, weights, self.loss,
                      self.low_variance and step is not None, low_discrepancy if step is None else self.times)
