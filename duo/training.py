@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['LOGGERS', 'key', 'generator_for', 'corrupted', 'scattered', 'row_generators', 'whole', 'bound', 'given', 'ar_loss',
-           'Training', 'learning_rate', 'update_ema', 'Steps', 'HeldOut', 'Interrupted', 'Progress', 'Checkpoint',
-           'AtomicCheckpoints', 'Divided', 'group', 'share', 'strategy_for', 'Trackio', 'logger_for', 'fit', 'summary']
+           'Training', 'learning_rate', 'update_ema', 'Steps', 'HeldOut', 'Interrupted', 'Diverged', 'Progress',
+           'Checkpoint', 'AtomicCheckpoints', 'Divided', 'group', 'share', 'strategy_for', 'Trackio', 'logger_for',
+           'fit', 'summary']
 
 # %% ../nbs/09_training.ipynb #2c6dc998
 import contextlib
@@ -17,7 +18,6 @@ import logging
 import math
 import multiprocessing
 import os
-import pickle
 import shutil
 import signal
 import sys
@@ -36,13 +36,13 @@ from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEn
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_only
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 from torch.utils.data import DataLoader, IterableDataset
 from tqdm import tqdm
 
 from .data import Batches
 from .dit import DiT
+from .files import check_archive, check_tensors, save_tensors, shown
 from .likelihood import METHODS, Staircase, clean_bias, left_to_right_nll, linear_nelbo, linear_score_nelbo, make_process, network_vocab
 from .schedules import low_discrepancy
 from .unet import UNet, UNetConfig, unet_nelbo
@@ -218,13 +218,17 @@ class Training(L.LightningModule):
 
     def configure_optimizers(self):
         optimizer = torch.optim.AdamW(self.net.parameters(), self.lr, self.betas, self.adam_eps, self.weight_decay, fused=True)
-        factor = lambda n: learning_rate(n, self.warmup_steps, self.max_steps, self.decay, self.halve_every, self.lr_min / self.lr)
-        rate = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        rate = torch.optim.lr_scheduler.LambdaLR(optimizer, self.rate)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": rate, "interval": "step"}}
 
     def on_before_optimizer_step(self, optimizer):
-        if self.grad_clip:  # here and not by Lightning, which refuses to clip for a fused optimiser under bf16
-            torch.nn.utils.clip_grad_norm_(self.net.parameters(), self.grad_clip)
+        """Clips the gradient, here and not by Lightning, which refuses to do so for a fused optimiser under bf16; `grad_norm` is its norm before, on the device."""
+        norm = torch.nn.utils.clip_grad_norm_(self.net.parameters(), self.grad_clip or math.inf)
+        self.grad_norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+
+    def rate(self, n):
+        """The factor on the learning rate at step n, from 0."""
+        return learning_rate(n, self.warmup_steps, self.max_steps, self.decay, self.halve_every, self.lr_min / self.lr)
 
     def optimizer_step(self, *args, **kwargs):
         super().optimizer_step(*args, **kwargs)
@@ -302,12 +306,26 @@ class Interrupted(Exception):
     """A training that was asked to stop, and has left a checkpoint."""
 
 
+class Diverged(Exception):
+    """A training that met a number which is not finite; its checkpoints are those from before."""
+
+
+def _largest(module):
+    """The largest absolute value of this process' weights and averages, on their device; not finite where one of them is not."""
+    weights = [getattr(p, "_local_tensor", p).detach() for p in module.parameters()]
+    return torch.stack(torch._foreach_norm([w for w in weights if w.numel()], math.inf)).max()
+
+
 class Progress(Callback):
     """A progress bar, and curve.csv: step, tokens, seconds, learning rate, training nats since the last row, validation nats (per token).
     A resumed run continues both. checkpoints/last.ckpt is written every `checkpoint_every` steps, at the end, and where a signal asks to stop: when
     the step and the validation that belongs to it are done, all ranks at the same one. checkpoints/best.ckpt has the best validation value. `look`, if any, is
-    called after each validation, see `fit`."""
+    called after each validation, see `fit`.
+
+    Raises `Diverged` after the first loss or gradient norm that is not finite. On an accelerator they are looked at every `late` steps at most, so that no step waits for
+    them, on a CPU after each step; before a validation and before a checkpoint is written always, the weights too."""
     columns = "step", "tokens", "seconds", "lr", "train_nll", "valid_nll"
+    late = 100
 
     def __init__(self, folder, tokens_per_step, max_steps, valid_every, checkpoint_every, label, look=None):
         self.look = look
@@ -315,6 +333,7 @@ class Progress(Callback):
         self.tokens, self.max_steps, self.valid_every, self.checkpoint_every, self.label = tokens_per_step, max_steps, valid_every, checkpoint_every, label
         self.rows, self.seconds, self.began, self.sum, self.count = [], 0.0, None, 0.0, 0
         self.asked, self.group = 0, None
+        self.losses, self.norms, self.saved = [], [], 0  # of the steps that nobody has looked at; the step of `last`
 
     @property
     def elapsed(self):
@@ -324,8 +343,8 @@ class Progress(Callback):
     def total(self):
         """(sum, number) of the training losses since the last row, of all ranks."""
         if self.group is None:
-            return float(self.sum), self.count
-        both = torch.tensor([float(self.sum), self.count], dtype=torch.float64)
+            return self.sum, self.count
+        both = torch.tensor([self.sum, self.count], dtype=torch.float64)
         torch.distributed.all_reduce(both, group=self.group)
         return both[0].item(), int(both[1])
 
@@ -358,7 +377,7 @@ class Progress(Callback):
         return {number: signal.signal(number, self.ask) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
 
     def on_train_start(self, trainer, module):
-        self.began = time.time()
+        self.began, self.saved = time.time(), trainer.global_step
         self.bar = tqdm(total=self.max_steps, initial=trainer.global_step, desc=self.label, mininterval=1, unit="step", disable=self.label is None or not trainer.is_global_zero)
         self.listen()  # here again, since Lightning has put its own
         if trainer.world_size > 1:
@@ -367,22 +386,58 @@ class Progress(Callback):
             self.sum, self.count = 0.0, 0
 
     def on_train_batch_end(self, trainer, module, outputs, batch, i):
-        self.sum, self.count = self.sum + outputs["loss"].detach() * trainer.accumulate_grad_batches, self.count + 1
+        self.losses.append(outputs["loss"].detach())
         if (i + 1) % trainer.accumulate_grad_batches:
             return
+        self.norms.append(module.grad_norm)
         self.bar.update(trainer.global_step - self.bar.n)
-        if trainer.global_step == self.max_steps:
-            trainer.should_stop = True  # Lightning validates before it stops, whether or not `valid_every` divides the step
-        elif trainer.global_step % self.valid_every:
+        last = trainer.global_step == self.max_steps
+        trainer.should_stop = trainer.should_stop or last  # Lightning validates before it stops, whether or not `valid_every` divides the step
+        if last or trainer.global_step % self.valid_every == 0:
+            self.check(trainer, weights=True)
+        else:
             self.step_done(trainer)
+
+    def not_finite(self, trainer, weights):
+        """(step, what, value) of the first thing that is not finite, or None; adds up the losses. The one place that waits for the device."""
+        pieces, first, n = trainer.accumulate_grad_batches, trainer.global_step - len(self.norms), len(self.losses)
+        kept = self.losses + self.norms + [_largest(trainer.lightning_module)] * weights
+        values = torch.stack([value.float() for value in kept]).tolist()
+        for value in values[:n]:
+            self.sum += value * pieces
+        told = [(first + i // pieces + 1, "loss", v) for i, v in enumerate(values[:n])]
+        told += [(first + i + 1, "gradient norm", v) for i, v in enumerate(values[n:n + len(self.norms)])]
+        told += [(trainer.global_step, "largest weight", v) for v in values[n + len(self.norms):]]
+        self.count, self.losses, self.norms = self.count + n, [], []
+        return min((found for found in told if not math.isfinite(found[-1])), default=None, key=lambda found: found[0])
+
+    def check(self, trainer, weights=False):
+        """Raises `Diverged`, in every process alike, where a loss or gradient norm since the last check is not finite, or one of the `weights`."""
+        found = self.not_finite(trainer, weights)
+        if self.group is not None:
+            everyone = [None] * trainer.world_size
+            torch.distributed.all_gather_object(everyone, found, group=self.group)
+            found = min(filter(None, everyone), default=None, key=lambda found: found[0])
+        if found:
+            self.diverged(trainer.lightning_module, *found)
+
+    def diverged(self, module, step, what, value):
+        """Raises `Diverged` in one line."""
+        lr, clip = module.lr * module.rate(step - 1), "" if module.grad_clip else ", grad_clip=1"
+        kept = f"{self.last} keeps step {self.saved}" if self.saved else "no checkpoint is from before"
+        raise Diverged(f"the {what} is {value} at step {step} (learning rate {lr:.3g}); {kept}; try a lower lr, a longer warmup_steps{clip} or precision=32, with --restart")
 
     def step_done(self, trainer):
         """Saves `last` where it is due, and leaves where a signal has come to any rank."""
         asked = torch.tensor(float(self.asked > 0))
         if self.group is not None:
             torch.distributed.all_reduce(asked, group=self.group)
-        if trainer.global_step < self.max_steps and (asked or trainer.global_step % self.checkpoint_every == 0):
+        due = trainer.global_step < self.max_steps and (asked or trainer.global_step % self.checkpoint_every == 0)
+        if due or len(self.norms) >= (1 if trainer.lightning_module.device.type == "cpu" and self.group is None else self.late):
+            self.check(trainer, weights=bool(due))
+        if due:
             trainer.save_checkpoint(self.last)
+            self.saved = trainer.global_step
         if trainer.global_step < self.max_steps and asked:
             raise Interrupted
 
@@ -393,6 +448,8 @@ class Progress(Callback):
         (total, count), self.sum, self.count = self.total(), 0.0, 0
         row = (trainer.global_step, trainer.global_step * self.tokens, self.elapsed,
                trainer.optimizers[0].param_groups[0]["lr"], total / max(count, 1), float(trainer.callback_metrics["valid_nll"]))
+        if not math.isfinite(row[-1]):
+            self.diverged(module, row[0], "validation loss", row[-1])
         self.rows.append(dict(zip(self.columns, row)))
         if trainer.is_global_zero:
             self.bar.set_postfix_str(f"train {row[-2]:.3f}, valid {row[-1]:.3f} nats/token")
@@ -435,16 +492,25 @@ class Checkpoint:
     def __init__(self, path):
         self.path = Path(path)
         self.state = self._opened(self.path, lambda file: torch.load(file, map_location="cpu", weights_only=True, mmap=True))
-        self.shards = [self._opened(self.path.parent / name, lambda file: safe_open(file, "pt")) for name in self.state.pop("shards", ())]
+        if not isinstance(self.state, dict):
+            raise ValueError(f"{self.path}: no checkpoint of a training, it holds {shown(type(self.state).__name__)}")
+        self.parts = [self.path.parent / name for name in self.state.pop("shards", ())]
+        self.shards = [self._opened(part, lambda file: safe_open(file, "pt")) for part in self.parts]
 
     def _opened(self, file, read):
         """What `read(file)` returns."""
         try:
             return read(file)
-        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
+        except Exception as error:  # a damaged file fails in many ways
             part = "" if file == self.path else f", a part of {self.path.name}"
             why = "missing" if not file.exists() else f"damaged ({' '.join(str(error).split())[:100]})"
             raise ValueError(f"{file}: {why}{part}") from None
+
+    def check(self):
+        """Reads all of it; raises ValueError where a checksum does not fit."""
+        check_archive(self.path)
+        for part in self.parts:
+            check_tensors(part)
 
     def rows(self, name, tensor, start=0, stop=None):
         """Rows `start` to `stop` of the `tensor` of that name in the tree, a copy."""
@@ -513,7 +579,7 @@ class Divided(ModelParallelStrategy):
 
         tree = _mapped(checkpoint, take) | {"shards": names}
         (path.parent / folder).mkdir(parents=True, exist_ok=True)
-        save_file(mine, path.parent / names[self.global_rank])
+        save_tensors(mine, path.parent / names[self.global_rank])
         self.barrier()
         if self.is_global_zero:
             self.checkpoint_io.save_checkpoint(tree, path)
@@ -636,7 +702,7 @@ def fit(module, batches, valid, folder, *, max_steps, device_batch_size=None, de
     devices and strategy as in `group` and `strategy_for`; `logger` is one of Lightning's, or None. After each validation every process calls `look(step, first)`, with
     whether it is the first one; what it draws must come from generators of its own.
     Returns {"steps", "tokens", "seconds", "valid_nll", "best_valid_nll", "best_step"}, None where the checkpoint is beyond `max_steps`;
-    `module.ema` holds the averaged weights. Raises KeyboardInterrupt after a signal."""
+    `module.ema` holds the averaged weights. Raises KeyboardInterrupt after a signal, and `Diverged` where numbers are no longer finite, see `Progress`."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     environment, world, nodes = group(devices)
@@ -659,8 +725,10 @@ def fit(module, batches, valid, folder, *, max_steps, device_batch_size=None, de
                 loaders = _Loaders(batches, valid, start or 0, max_steps, b)
                 trainer.fit(module, datamodule=loaders, ckpt_path=last if start is not None else None, weights_only=True)
     except Exception as error:
-        forked = isinstance(error, torch.multiprocessing.ProcessRaisedException) and str(error).rstrip().endswith(Interrupted.__name__)
-        if not isinstance(error, Interrupted) and not forked:
+        last_line = str(error).rstrip().rpartition("\n")[2] if isinstance(error, torch.multiprocessing.ProcessRaisedException) else ""
+        if f"{Diverged.__name__}: " in last_line:
+            raise Diverged(last_line.partition(": ")[2]) from None
+        if not isinstance(error, Interrupted) and not last_line.endswith(Interrupted.__name__):
             raise
     finally:
         for number, handler in before.items():
@@ -707,10 +775,19 @@ def _started_from(last, trainer, module, launched):
         trainer.strategy.connect(module)
         trainer.strategy.setup_environment()
     try:
-        start = Checkpoint(last).state["global_step"] if trainer.is_global_zero and last.exists() else None
+        start = _step_of(last) if trainer.is_global_zero and last.exists() else None
     except ValueError as error:
         raise ValueError(f"{error}; --restart begins anew") from None
     return trainer.strategy.broadcast(start) if launched else start
+
+
+def _step_of(last):
+    """The step of a training's checkpoint, which is whole."""
+    found = Checkpoint(last)
+    found.check()
+    if lacking := {"global_step", "state_dict", "optimizer_states", "callbacks", "loops"} - found.state.keys():
+        raise ValueError(f"{last}: no checkpoint of a training, it lacks {', '.join(sorted(lacking))}")
+    return found.state["global_step"]
 
 
 def _finished(module, last, max_steps):
