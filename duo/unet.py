@@ -149,22 +149,25 @@ def _norm(width):
     return nn.GroupNorm(min(width // 4, 32), width, eps=1e-6)
 
 
-def _conv(width, out, stride=1, gain=1.0):
+def _conv(width, out, stride=1):
     """A 3×3 convolution; with stride 2 the padding is to the right and below, and the caller's."""
-    conv = nn.Conv2d(width, out, 3, stride, padding=1 if stride == 1 else 0)
-    nn.init.zeros_(conv.bias)
-    nn.init.xavier_uniform_(conv.weight) if gain else nn.init.zeros_(conv.weight)
-    return conv
+    return nn.Conv2d(width, out, 3, stride, padding=1 if stride == 1 else 0)
+
+
+def _linear(width, out):
+    """A linear map whose bias begins at zero."""
+    linear = nn.Linear(width, out)
+    nn.init.zeros_(linear.bias)
+    return linear
 
 
 class NIN(nn.Module):
-    """A linear map of the channels at each pixel: W (in, out), b (out,)."""
+    """A linear map of the channels at each pixel: W (in, out), which begins with `variance` times that of Xavier, b (out,)."""
 
-    def __init__(self, width, out, gain=1.0):
+    def __init__(self, width, out, variance=0.1):
         super().__init__()
-        self.W, self.b = nn.Parameter(torch.zeros(width, out)), nn.Parameter(torch.zeros(out))
-        if gain:
-            nn.init.xavier_uniform_(self.W)
+        self.W, self.b = nn.Parameter(torch.empty(width, out)), nn.Parameter(torch.zeros(out))
+        nn.init.xavier_uniform_(self.W, variance**0.5)
 
     def forward(self, x):
         return F.conv2d(x, self.W.t()[:, :, None, None], self.b)
@@ -175,8 +178,8 @@ class ResBlock(nn.Module):
 
     def __init__(self, width, out, time, dropout):
         super().__init__()
-        self.groupnorm0, self.conv0, self.dense0 = _norm(width), _conv(width, out), nn.Linear(time, out)
-        self.groupnorm1, self.conv1, self.p = _norm(out), _conv(out, out, gain=0), dropout
+        self.groupnorm0, self.conv0, self.dense0 = _norm(width), _conv(width, out), _linear(time, out)
+        self.groupnorm1, self.conv1, self.p = _norm(out), _conv(out, out), dropout
         if width != out:
             self.nin = NIN(width, out)
 
@@ -192,7 +195,7 @@ class AttnBlock(nn.Module):
     def __init__(self, width):
         super().__init__()
         self.GroupNorm_0 = _norm(width)
-        self.NIN_0, self.NIN_1, self.NIN_2, self.NIN_3 = (NIN(width, width, gain) for gain in (1, 1, 1, 0))
+        self.NIN_0, self.NIN_1, self.NIN_2, self.NIN_3 = (NIN(width, width, v) for v in (0.1, 0.1, 0.1, 1e-10))
 
     def forward(self, x, temb=None):
         h = self.GroupNorm_0(x)
@@ -236,9 +239,7 @@ class UNet(nn.Module):
         super().__init__()
         self.config = c = config
         time, (down, up) = 4 * c.time_size, _skips(c)
-        self.temb_modules = nn.ModuleList([nn.Linear(c.time_size, time), nn.Linear(time, time)])
-        for linear in self.temb_modules:
-            nn.init.xavier_uniform_(linear.weight), nn.init.zeros_(linear.bias)
+        self.temb_modules = nn.ModuleList([_linear(c.time_size, time), _linear(time, time)])
         self.input_conv = _conv(c.channels, c.ch)
         self.downsampling_modules, self.upsampling_modules = nn.ModuleList(), nn.ModuleList()
         for i, (width, out, level) in enumerate(down):
@@ -248,7 +249,7 @@ class UNet(nn.Module):
         for i, (width, skip, out, level) in enumerate(up):
             self._level(self.upsampling_modules, up, i, ResBlock(width + skip, out, time, c.dropout), out, up=True)
         outputs = c.channels * (2 if c.head == "logistic" else c.vocab_size)
-        self.output_modules = nn.ModuleList([_norm(out), _conv(out, outputs, gain=0)])
+        self.output_modules = nn.ModuleList([_norm(out), _conv(out, outputs)])
         if c.num_classes is not None:
             self.cond_map = ClassEmbedding(c.num_classes, time, c.label_dropout)
 
