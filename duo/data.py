@@ -10,6 +10,7 @@ __all__ = ['AUSTEN_ALPHABET', 'AUSTEN_BOOKS', 'DETOKENIZERS', 'DATASETS', 'SPLIT
            'load_blocks', 'Batches', 'Streamed']
 
 # %% ../nbs/08_data.ipynb #edc3f37f
+import contextlib
 import hashlib
 import json
 import os
@@ -21,7 +22,9 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from functools import cached_property, lru_cache, partial
 from itertools import accumulate, chain, islice
+from multiprocessing import parent_process
 from pathlib import Path
+from threading import Thread
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -29,6 +32,7 @@ import numpy as np
 import torch
 
 import duo
+from .content import Stream, cache_folder, digests, fields, key_of, kind_of, look, seal, sealed, table, write
 
 _ASSETS = Path(duo.__file__).parent / "assets"
 
@@ -424,8 +428,11 @@ class DataSet(NamedTuple):
 def _text8(split):
     """90, 5 and 5 % of the 10⁸ characters, in pieces of 100,000."""
     url = DATASETS["text8"].hub
-    copy = _copy(url)
-    text = _load(url, "text", data_files=str(copy or url), split="train", sample_by="document")["text"][0]
+    copy, where = _copy(url), {}
+    if copy:
+        from datasets import config
+        where = dict(cache_dir=str(Path(config.HF_DATASETS_CACHE, key_of(_copied(copy))[:16])))
+    text = _load(url, "text", data_files=str(_plain(copy) if copy else url), split="train", sample_by="document", **where)["text"][0]
     low, high = {"train": (0, 90), "valid": (90, 95), "test": (95, 100)}[split]
     low, high = low * len(text) // 100, high * len(text) // 100
     return [text[i:min(i + 100_000, high)] for i in range(low, high, 100_000)]
@@ -457,7 +464,6 @@ DATASETS = {
 
 # %% ../nbs/08_data.ipynb #5787cfca
 SPLITS = ("train", "valid", "test")
-_LOADERS = {".txt": "text", ".jsonl": "json", ".parquet": "parquet"}
 
 
 class Texts(Sequence):
@@ -479,7 +485,7 @@ class Texts(Sequence):
 
 
 def check_split(data, split, streaming=False):
-    """Raise ValueError, without loading anything, where `data` has no such `split` ("train", "valid", "test"), or where it cannot be streamed."""
+    """Raise ValueError, without loading anything, where `data` has no such `split` ("train", "valid", "test"), where it cannot be streamed, or where the first 32 MB of files of one's own are no text."""
     if split not in SPLITS:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
     row, path = DATASETS.get(data), Path(data)
@@ -491,32 +497,31 @@ def check_split(data, split, streaming=False):
         return
     if not path.exists():
         raise ValueError(f"data must be {', '.join(DATASETS)}, a .txt, .jsonl or .parquet file or a directory of them, got {str(data)!r}")
-    if not (files := _files(path, split)[1]):
+    if not (files := _files(path, split)):
         raise ValueError(f"data {str(data)!r} has no {split}.txt, {split}.jsonl or {split}.parquet" if path.is_dir() else
                          f"data {str(data)!r}: a file must be a .txt, .jsonl or .parquet, also compressed")
-    if not sum(map(os.path.getsize, files)):
-        raise ValueError(f"data {str(data)!r}: no text in {split if path.is_dir() else 'it'}, 0 bytes")
+    try:
+        look(files)
+    except ValueError as error:
+        raise ValueError(f"data {str(data)!r}: no text in {split if path.is_dir() else 'it'}" if str(error) == "no text" else str(error)) from None
     if streaming and path.is_file():
         raise ValueError(f"data {str(data)!r} cannot be streamed: one file is divided by its number of documents; give a directory with a file for each split")
 
 
 def documents(data, split="train", streaming=False):
     """The texts of one split ("train", "valid", "test") of a data set: a name in `DATASETS`, a .txt, .jsonl or .parquet file, or a directory with such
-    files for each split. Returns a sequence of str; with `streaming`, a `datasets.IterableDataset` with one column "text". Raises ValueError for an unknown
-    data set or split, and where the hub does not give it."""
+    files for each split. Returns a sequence of str; with `streaming`, a walk through dicts with the field "text" that can go on from a state (`datasets.IterableDataset`, or `content.Stream` for files).
+    Raises ValueError for an unknown data set or split, and where the hub does not give it."""
     check_split(data, split, streaming)
     row = DATASETS.get(data)
     if row and row.read:
         return row.read(split)
     if row is None:
-        rows, column, detokenizer = *_local(data, split, streaming), "strip"
-    else:
-        rows, column, detokenizer = _hub(row, split, streaming), row.column, row.detokenizer
+        return _local(data, split, streaming)
+    rows, column, detokenizer = _hub(row, split, streaming), row.column, row.detokenizer
     columns = rows.column_names or list(next(iter(rows)))
-    if row is None and _CONDITIONS & set(columns):
-        raise ValueError(f"data {str(data)!r} is conditional, its lines are no documents; load_blocks reads it")
     if column not in columns:
-        raise ValueError(_lacks(data, column, columns))
+        raise ValueError(f"data {data}: every row needs a field {column!r}, found {', '.join(columns)}")
     if not streaming:
         return Texts(rows, column, detokenizer)
     return rows.map(lambda batch: {"text": [detokenize(t, detokenizer) for t in batch[column]]}, batched=True, remove_columns=[c for c in columns if c != "text"])
@@ -528,18 +533,21 @@ def _copy(hub):
     return path if path.exists() else None
 
 
-def _stamps(files):
-    """What tells files from others without reading them: name, size and date of each."""
-    return [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(files)]
+def _plain(path):
+    """A path that `datasets` takes for no pattern: a link to it in $DUO_CACHE where its name has such characters."""
+    if not re.search(r"[][*?{}!:,]|//", str(path)):
+        return path
+    link = cache_folder("links", key_of(str(path.resolve()))[:16] + path.suffix)
+    link.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(FileExistsError):
+        link.symlink_to(path.resolve())
+    return link
 
 
 def _copied(copy):
-    """The files of a copy."""
-    return [p for p in (copy.rglob("*") if copy.is_dir() else [copy]) if p.is_file() and ".cache" not in p.relative_to(copy).parts]
-
-
-def _hash(what):
-    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
+    """The files of a copy, as pairs of a name in it and a digest."""
+    files = sorted(p for p in (copy.rglob("*") if copy.is_dir() else [copy]) if p.is_file() and ".cache" not in p.relative_to(copy).parts)
+    return list(zip((p.relative_to(copy).as_posix() for p in files), digests(files)))
 
 
 def _load(hub, *args, **kwargs):
@@ -561,9 +569,9 @@ def _hub(row, split, streaming):
     from datasets import config
     copy, theirs = _copy(row.hub), row.splits[split]
     name, low, high = re.fullmatch(r"(\w+)(?:\[(-?\d*):(-?\d*)\])?", theirs).groups()  # rows of ours are counted, not shares
-    where = dict(path=str(copy or row.hub), revision=None if copy else row.revision, name=row.config)
+    where = dict(path=str(_plain(copy) if copy else row.hub), revision=None if copy else row.revision, name=row.config)
     if copy:
-        where |= dict(cache_dir=str(Path(config.HF_DATASETS_CACHE, _hash(_stamps(_copied(copy)))[:16])))
+        where |= dict(cache_dir=str(Path(config.HF_DATASETS_CACHE, key_of(_copied(copy))[:16])))
     if row.files:
         where |= dict(data_files={name: row.files.format(split=name)})
     rows = _load(row.hub, **where, streaming=streaming, split=name if streaming else theirs)
@@ -594,68 +602,64 @@ def _size(hub, name, rows, where):
 
 
 def _files(path, split):
-    """The files of a split of a directory, or one file: (kind of loader, paths)."""
-    ending = r"(\.txt|\.jsonl|\.parquet)(\.gz|\.xz|\.zst|\.bz2)?"
+    """The files of a split of a directory, or the one file, of one kind."""
     candidates = [path] if path.is_file() else sorted(p for q in path.glob(f"{split}*") for p in (q.glob("*") if q.is_dir() and q.name == split else [q]))
-    found = [(m[1], str(p)) for p in candidates if (m := re.search(ending + "$", p.name)) and (path.is_file() or re.match(rf"{split}(\.|-|_|\d|$)", p.name) or p.parent.name == split)]
-    kinds = sorted({kind for kind, _ in found})
-    if len(kinds) > 1:
+    found = [str(p) for p in candidates if kind_of(p) and (path.is_file() or re.match(rf"{split}(\.|-|_|\d|$)", p.name) or p.parent.name == split)]
+    if len(kinds := sorted({kind_of(file) for file in found})) > 1:
         raise ValueError(f"data {str(path)!r}: {split} has files of several kinds, {', '.join(kinds)}; allowed: one kind")
-    return (_LOADERS[kinds[0]], [p for _, p in found]) if kinds else (None, [])
-
-
-def _local(data, split, streaming=False):
-    """(rows, column) of files by path."""
-    path = Path(data)
-    kind, files = _files(path, split)
-    from datasets import load_dataset
-    extra = {"sample_by": "paragraph"} if kind == "text" else {}
-    try:
-        rows = load_dataset(kind, data_files={"train": files}, split="train", streaming=streaming, **extra)
-    except Exception as error:
-        raise ValueError(f"data {str(data)!r} could not be read as {kind}: {str(error.__cause__ or error).strip().splitlines()[0][:200]}") from None
-    if not streaming and not _CONDITIONS & set(rows.column_names):
-        if not len(rows):
-            raise ValueError(f"data {str(data)!r}: no text in {split if path.is_dir() else 'it'}")
-        _check_texts(data, rows)
-    return _divided(data, rows, split) if path.is_file() else rows, "text"
+    return found
 
 
 _CONDITIONS = {"prompt", "known"}
 
 
-def _lacks(data, column, columns):
-    return f"data {str(data)!r}: every row needs a field {column!r}, found {', '.join(columns)}"
+def _conditional(data, split):
+    """The lines of conditional data, a list of dicts; None for any other."""
+    if data in DATASETS or not _CONDITIONS & set(fields(files := _files(Path(data), split))):
+        return None
+    return list(_divided(data, table(files), split) if Path(data).is_file() else table(files))
 
 
-def _check_texts(data, rows):
-    """ValueError unless every row has a text."""
-    if "text" not in rows.column_names:
-        raise ValueError(_lacks(data, "text", rows.column_names))
-    column = rows.data.column("text")
-    bad = column.is_null().index(True).as_py() if column.null_count else -1 if "string" in str(column.type) else 0
-    if bad >= 0:
-        raise ValueError(f"data {str(data)!r}: row {bad + 1}: field 'text' holds {json.dumps(column[bad].as_py(), default=str)[:40]}; allowed: text")
+def _local(data, split, streaming):
+    """The documents of files by path."""
+    files = _files(Path(data), split)
+    if _CONDITIONS & set(fields(files)):
+        raise ValueError(f"data {str(data)!r} is conditional, its lines are no documents; load_blocks reads it")
+    mend = partial(detokenize, name="strip")
+    return Stream(files, mend) if streaming else Texts(_divided(data, table(files), split) if Path(data).is_file() else table(files), detokenizer="strip")
 
 
 def _divided(data, rows, split):
-    """The part of one file's rows that is a split: 90 : 5 : 5 by rows, or by characters of the whole where these are too few."""
-    def cut(n):
-        ends = 0, round(0.9 * n), round(0.95 * n), n
-        i = SPLITS.index(split)
-        return range(ends[i], ends[i + 1]), len(set(ends)) == 4
-
-    part, enough = cut(len(rows))
-    if enough:
-        return rows.select(part)
+    """The part of one file's rows that is a split: 90 : 5 : 5 by rows, or by characters of the whole where the rows are few or so uneven that a part would be too small or too large."""
+    i, n = SPLITS.index(split), len(rows)
+    ends = 0, round(0.9 * n), round(0.95 * n), n
     if _CONDITIONS & set(rows.column_names):
-        raise ValueError(f"data {str(data)!r}: {len(rows)} rows cannot be divided 90 : 5 : 5; allowed: more, or a directory with train.jsonl and valid.jsonl")
-    from datasets import Dataset
-    text = "\n\n".join(detokenize(text, "strip") for text in rows["text"])
-    if not text.strip():
-        raise ValueError(f"data {str(data)!r}: no text in it")
-    part, _ = cut(len(text))
-    return Dataset.from_dict({"text": [text[part.start:part.stop]]})
+        if len(set(ends)) < 4:
+            raise ValueError(f"data {str(data)!r}: {n} rows cannot be divided 90 : 5 : 5; allowed: more, or a directory with train.jsonl and valid.jsonl")
+        return rows.select(range(ends[i], ends[i + 1]))
+    sizes = np.concatenate([[0], np.cumsum(_lengths(rows))])
+    held = np.diff(sizes[list(ends)]) / max(sizes[-1], 1)
+    if (abs(np.log(np.maximum(held[1:], 1e-9) / 0.05)) < np.log(2)).all():
+        return rows.select(range(ends[i], ends[i + 1]))
+    low, high = (round(share * sizes[-1]) for share in ((0, 0.9, 0.95, 1)[i:][:2]))
+    return _cut(rows, sizes, low, high)
+
+
+def _lengths(rows):
+    """(N,) characters of each row."""
+    import pyarrow.compute as pc
+    return pc.utf8_length(rows.data.column("text")).to_numpy() if len(rows) else np.zeros(0, int)
+
+
+def _cut(rows, sizes, low, high):
+    """The characters from `low` to `high` of all rows in a line; row i ends at sizes[i + 1]."""
+    from datasets import Dataset, concatenate_datasets
+    if low >= high:
+        return rows.select(range(0))
+    first, last = np.searchsorted(sizes[1:], [low, high - 1], "right")
+    edges = [rows[int(i)]["text"][max(low - sizes[i], 0):high - sizes[i]] for i in dict.fromkeys((first, last))]
+    begin, end = (Dataset.from_dict({"text": part}, features=rows.features) for part in (edges[:1], edges[1:]))
+    return concatenate_datasets([begin, rows.select(range(first + 1, last)), end]) if len(edges) > 1 else begin
 
 # %% ../nbs/08_data.ipynb #d1096ac7
 def _compact(vocab_size):
@@ -846,7 +850,7 @@ def conditional(lines, tokenizer, length):
     return Conditional(tokens, fixed, tokenizer)
 
 # %% ../nbs/08_data.ipynb #1f9e113a
-_FORMAT = 1  # of a store
+_FORMAT = 2  # of a store
 _PARTS = "parts"
 
 
@@ -864,31 +868,22 @@ class TokenFile:
         return np.array(np.memmap(self.path, self.dtype, "r")[index])
 
 
-def _write(path, content):
-    """Write bytes (anything with a buffer) to a file, whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
-
-
 def _identity(data, split):
-    """What tells a data set from others: its row of the table, or its files with size and date."""
-    row, path = DATASETS.get(data), Path(data)
+    """What tells a split of a data set from others: its row of the table, and what its files hold, wherever they are."""
+    row = DATASETS.get(data)
     if row is None:
-        files = map(Path, _files(path, split)[1])
-    else:
-        files = _copied(copy) if row.hub and (copy := _copy(row.hub)) else []
-    name = (row.hub or data) if row else str(path.resolve())
-    source = [row.hub, row.config, row.splits.get(split), row.column, row.files, row.revision] if row else []
-    rules = DETOKENIZERS[row.detokenizer] if row and row.detokenizer else []
-    return {"data": name, "split": split, "source": source, "files": _stamps(files), "detokenizer": rules}
+        files = _files(Path(data), split)
+        return {"data": "", "split": split, "source": [*map(kind_of, files[:1]), Path(data).is_file()], "files": digests(files), "detokenizer": []}
+    files = _copied(copy) if row.hub and (copy := _copy(row.hub)) else []
+    source = [row.hub, row.config, row.splits.get(split), row.column, row.files, row.revision]
+    return {"data": row.hub or data, "split": split, "source": source, "files": files, "detokenizer": DETOKENIZERS[row.detokenizer] if row.detokenizer else []}
 
 
 def store_path(data, split, tokenizer, separator=()):
     """(folder, key) of the store of a split in `$DUO_CACHE` (default ~/.cache/duo): the folder's name holds a hash of the key, which is everything that shapes the tokens."""
-    key = _identity(data, split) | {"tokenizer": _hash(tokenizer.to_json()), "separator": [int(i) for i in separator], "format": _FORMAT}
-    name = "-".join(re.sub(r"[^\w.]+", "_", str(part)).strip("_")[-40:] for part in (Path(key["data"]).stem, split, tokenizer.name))
-    return Path(os.environ.get("DUO_CACHE") or Path.home() / ".cache/duo") / f"{name}-{_hash(key)[:16]}", key
+    key = _identity(data, split) | {"tokenizer": key_of(tokenizer.to_json()), "separator": [int(i) for i in separator], "format": _FORMAT}
+    name = "-".join(re.sub(r"[^A-Za-z0-9.]+", "_", str(part)).strip("_")[-40:] for part in (Path(key["data"] or data).stem, split, tokenizer.name))
+    return cache_folder(f"{name}-{key_of(key)[:16]}"), key
 
 
 def prepare(data, split, tokenizer, separator=(), workers=None, progress=False):
@@ -899,24 +894,39 @@ def prepare(data, split, tokenizer, separator=(), workers=None, progress=False):
     folder, key = store_path(data, split, tokenizer, separator)
     if not (folder / "store.json").exists():
         texts = documents(data, split)
-        folder.mkdir(parents=True, exist_ok=True)
+        _make(folder)
         with FileLock(folder / "lock"):
             if not (folder / "store.json").exists():
-                _tokenise(texts, tokenizer, separator, folder, key, workers, progress)
+                counts = _tokenise(texts, tokenizer, separator, folder, key, workers, progress)
+                if store_path(data, split, tokenizer, separator)[1] != key:
+                    raise ValueError(f"data {str(data)!r} changed while it was read")
+                facts = {"key": key, "tokenizer": tokenizer.name, "dtype": _compact(tokenizer.vocab_size).name, **counts}
+                seal(folder / "store.json", facts, "tokens.bin", "ends.bin")
+                shutil.rmtree(folder / _PARTS)
+    if key_of(sealed(folder / "store.json")["key"]) != key_of(key):
+        raise ValueError(f"{str(folder)!r} holds other tokens than its name says; remove it, it is then made again")
     return folder
 
 
+def _make(folder):
+    """Make a folder of $DUO_CACHE; ValueError where it cannot be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"DUO_CACHE: {str(cache_folder())!r} cannot be written ({error.strerror}); allowed: a folder of one's own") from None
+
+
 def _tokenise(texts, tokenizer, separator, folder, key, workers, progress):
-    """Write the missing parts, join them, and say so in store.json."""
+    """Write the parts that are missing or damaged, join them, and return what there is to say of the whole."""
     from tqdm import tqdm
     size = min(max(64, -(-len(texts) // 64)), 8192)
     parts, plan = folder / _PARTS, {"documents": len(texts), "size": size}
-    if parts.exists() and (not (parts / "plan.json").exists() or json.loads((parts / "plan.json").read_text()) != plan):
+    if parts.exists() and _kept(parts / "plan.json") != plan | {"files": {}}:
         shutil.rmtree(parts)
     parts.mkdir(exist_ok=True)
-    _write(parts / "plan.json", json.dumps(plan).encode())
+    seal(parts / "plan.json", plan)
     numbers = range(-(-len(texts) // size))
-    missing = [n for n in numbers if not (parts / f"{n}.tokens").exists()]
+    missing = [n for n in numbers if not _kept(parts / f"{n}.json")]
     job = partial(_part, parts, size)
     bar = tqdm(total=len(texts), initial=(len(numbers) - len(missing)) * size, desc=f"{key['data']} {key['split']}", unit=" documents", mininterval=1, disable=not progress)
     workers = min(workers or len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)), len(missing))
@@ -935,8 +945,13 @@ def _tokenise(texts, tokenizer, separator, folder, key, workers, progress):
     counts = _join(parts, numbers, folder, _compact(tokenizer.vocab_size), len(separator))
     if not counts["tokens"]:
         raise ValueError(f"data {key['data']}: no text in split {key['split']}")
-    _write(folder / "store.json", json.dumps({"key": key, "tokenizer": tokenizer.name, "dtype": _compact(tokenizer.vocab_size).name, **counts}, indent=1).encode())
-    shutil.rmtree(parts)
+    return counts
+
+
+def _kept(path):
+    """The facts of a seal, None where it is not there or damaged: what it stands for is made again."""
+    with contextlib.suppress(ValueError, OSError):
+        return {name: value for name, value in sealed(path).items() if name != "sum"}
 
 
 def _watch(results, bar):
@@ -958,19 +973,29 @@ _WORK = {}
 
 
 def _begin(texts, tokenizer, separator, process=False):
-    """What the parts of this process have in common. Processes share the cores, so each of them uses one."""
+    """What the parts of this process have in common. Processes share the cores, so each of them uses one; none outlives the one that started it."""
     if process:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        Thread(target=_follow, daemon=True).start()
     _WORK.update(texts=texts, tokenizer=tokenizer, separator=separator)
 
 
+def _follow():
+    """End this process when its parent has ended, also by a signal that nobody can handle."""
+    parent_process().join()
+    os._exit(1)
+
+
 def _part(parts, size, n):
-    """Tokenise part n; its tokens come last, and say that it is whole. Returns its documents and tokens."""
+    """Tokenise part n; its seal comes last, and says that it is whole. Returns its documents and tokens."""
     texts = _WORK["texts"]
     chunks = (texts[a:min(a + 256, (n + 1) * size)] for a in range(n * size, min((n + 1) * size, len(texts)), 256))
     stream, ends = _encode(chain.from_iterable(chunks), _WORK["tokenizer"], _WORK["separator"])
-    _write(parts / f"{n}.ends", ends)
-    _write(parts / f"{n}.tokens", stream)
+    if len(stream) and stream.max() >= _WORK["tokenizer"].vocab_size:
+        raise ValueError(f"tokenizer {_WORK['tokenizer'].name!r} gave the symbol {stream.max()}, one of {_WORK['tokenizer'].vocab_size}")
+    write(parts / f"{n}.ends", ends)
+    write(parts / f"{n}.tokens", stream)
+    seal(parts / f"{n}.json", {}, f"{n}.ends", f"{n}.tokens")
     return min(size, len(texts) - n * size), len(stream)
 
 
@@ -1023,8 +1048,8 @@ def load_blocks(data, split, tokenizer, length, layout=None, separator=None, wor
     between = () if padded else _separator(tokenizer, row.separator if separator is None else separator)
     frame = (tokenizer.bos_id, tokenizer.eos_id) if row.frame and None not in (tokenizer.bos_id, tokenizer.eos_id) else ()
     try:
-        if row is _MINE and _CONDITIONS & set((rows := _local(data, split)[0]).column_names):
-            return conditional(list(rows), tokenizer, length)
+        if (lines := _conditional(data, split)) is not None:
+            return conditional(lines, tokenizer, length)
         if row.read and not row.hub:
             texts = documents(data, split)
             return pad(texts, tokenizer, length, frame) if padded else pack(texts, tokenizer, length, between, frame)
@@ -1105,43 +1130,56 @@ class Streamed:
         self.data, self.split, self.segment, self.separator = data, split, segment, separator
         self.rows = documents(data, split, streaming=True)
         self.folder = Path(folder or store_path(data, split, tokenizer, separator)[0].as_posix() + f"-stream-{length}-{segment}")
-        self.folder.mkdir(parents=True, exist_ok=True)
+        _make(self.folder)
         self.tokenizer, self.batch_size, self.seed = tokenizer, batch_size, seed
         self.blocks = SimpleNamespace(length=length, frame=frame, content=length - len(frame), ends=None)
-        self._index, self._open, self._ahead = {"rows": [], "state": [self.rows.state_dict()], "end": False}, {}, ThreadPoolExecutor(1)
+        self._index, self._open, self._ahead = {"rows": [], "sums": [], "state": [self.rows.state_dict()], "end": False}, {}, ThreadPoolExecutor(1)
 
     def _known(self):
         """The index as the processes of this machine have it by now."""
         file = self.folder / "index.json"
-        self._index = json.loads(file.read_text()) if file.exists() else self._index
+        self._index = sealed(file) if file.exists() else self._index
         return self._index
+
+    def _kept(self, k):
+        """The tokens of segment k as they were written; None where they are not there, or damaged."""
+        if k >= len(self._index["sums"]):
+            self._known()
+        with contextlib.suppress(FileNotFoundError):
+            content = (self.folder / f"{k}.tokens").read_bytes()
+            if [hashlib.sha256(content).hexdigest()] == self._index["sums"][k:k + 1]:
+                return np.frombuffer(content, _compact(self.tokenizer.vocab_size))
 
     def _tokens(self, k):
         """The tokens of segment k, a whole number of rows; tokenised where its file is not there. Segments are known in turn."""
         from filelock import FileLock
-        file, dtype = self.folder / f"{k}.tokens", _compact(self.tokenizer.vocab_size)
-        try:
-            return np.fromfile(file, dtype)
-        except FileNotFoundError:
-            lock = FileLock(self.folder / "lock")
-        with lock:
-            index = self._known()
-            if file.exists():
-                return np.fromfile(file, dtype)
-            if k >= len(index["state"]) or index["end"] and k >= len(index["rows"]):
-                return np.zeros(0, dtype)
-            self.rows.load_state_dict(index["state"][k])
-            texts = [row["text"] for row in islice(self.rows, self.segment)]
-            stream, _ = _encode(texts, self.tokenizer, self.separator)
-            stream = stream[:len(stream) // self.blocks.content * self.blocks.content]
-            _write(file, stream)
-            if k == len(index["rows"]):
-                rows, state = index["rows"] + [len(stream) // self.blocks.content], index["state"] + [self.rows.state_dict()]
-                _write(self.folder / "index.json", json.dumps({"rows": rows, "state": state, "end": len(texts) < self.segment}).encode())
-            for old in self.folder.glob("*.tokens"):
-                if abs(int(old.stem) - k) > 2:
-                    old.unlink(missing_ok=True)
+        if (stream := self._kept(k)) is not None:
             return stream
+        with FileLock(self.folder / "lock"):
+            index = self._known()
+            if (stream := self._kept(k)) is not None:
+                return stream
+            if k >= len(index["state"]) or index["end"] and k >= len(index["rows"]):
+                return np.zeros(0, _compact(self.tokenizer.vocab_size))
+            return self._make(k, index)
+
+    def _make(self, k, index):
+        """Tokenise segment k, and note it in the index where it is new; ValueError where it was noted with other tokens."""
+        self.rows.load_state_dict(index["state"][k])
+        texts = [row["text"] for row in islice(self.rows, self.segment)]
+        stream, _ = _encode(texts, self.tokenizer, self.separator)
+        stream = stream[:len(stream) // self.blocks.content * self.blocks.content]
+        total = hashlib.sha256(stream).hexdigest()
+        if k < len(index["sums"]) and index["sums"][k] != total:
+            raise ValueError(f"data {self.data}, split {self.split}: segment {k} of the stream has other text than before; remove {str(self.folder)!r} to train on it from the start")
+        write(self.folder / f"{k}.tokens", stream)
+        if k == len(index["rows"]):
+            new = {"rows": len(stream) // self.blocks.content, "sums": total, "state": self.rows.state_dict()}
+            seal(self.folder / "index.json", {name: index[name] + [value] for name, value in new.items()} | {"end": len(texts) < self.segment})
+        for old in self.folder.glob("*.tokens"):
+            if abs(int(old.stem) - k) > 2:
+                old.unlink(missing_ok=True)
+        return stream
 
     def _place(self, row):
         """(epoch, segment, row in the segment) of a row of training."""
