@@ -7,7 +7,7 @@ __all__ = ['AUSTEN_ALPHABET', 'AUSTEN_BOOKS', 'DETOKENIZERS', 'DATASETS', 'SPLIT
            'SubwordTokenizer', 'BPETokenizer', 'train_bpe', 'PixelTokenizer', 'tokenizer', 'tokenizer_from_json',
            'austen_books', 'synthetic_chain', 'synthetic_bits', 'detokenize', 'DataSet', 'Texts', 'check_split',
            'documents', 'Blocks', 'pack', 'pad', 'Conditional', 'conditional', 'TokenFile', 'store_path', 'prepare',
-           'load_blocks', 'Batches', 'Streamed']
+           'check_text', 'load_blocks', 'Batches', 'Streamed']
 
 # %% ../nbs/08_data.ipynb #edc3f37f
 import contextlib
@@ -16,6 +16,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import tarfile
 from bisect import bisect
 from collections.abc import Callable, Sequence
@@ -32,7 +33,7 @@ import numpy as np
 import torch
 
 import duo
-from .content import Stream, cache_folder, digests, fields, key_of, kind_of, look, seal, sealed, table, write
+from .content import LARGE, Stream, cache_folder, digests, fields, key_of, kind_of, look, seal, sealed, table, write
 
 _ASSETS = Path(duo.__file__).parent / "assets"
 
@@ -88,6 +89,12 @@ class Text8Tokenizer(CharTokenizer):
         """Lower case, digits spelled out, every run of other characters one space."""
         text = re.sub(r"[0-9]", lambda m: f" {_DIGITS[m[0]]} ", text.lower())
         return re.sub(r"[^a-z]+", " ", text)
+
+    @staticmethod
+    def lost(texts):
+        """The share of the letters and digits of texts that become blanks, since they are none of English."""
+        kept, letters = (sum(len(re.sub(pattern, "", text.lower())) for text in texts) for pattern in (r"[^a-z0-9]+", r"[\W_]+"))
+        return 1 - kept / letters if letters else 0.0
 
     def _ids(self, text):
         return super()._ids(self.normalise(text))
@@ -897,13 +904,16 @@ def prepare(data, split, tokenizer, separator=(), workers=None, progress=False):
         _make(folder)
         with FileLock(folder / "lock"):
             if not (folder / "store.json").exists():
+                lost = _lost(data, split, texts, tokenizer)
                 counts = _tokenise(texts, tokenizer, separator, folder, key, workers, progress)
                 if store_path(data, split, tokenizer, separator)[1] != key:
                     raise ValueError(f"data {str(data)!r} changed while it was read")
-                facts = {"key": key, "tokenizer": tokenizer.name, "dtype": _compact(tokenizer.vocab_size).name, **counts}
+                facts = {"key": key, "tokenizer": tokenizer.name, "dtype": _compact(tokenizer.vocab_size).name, "lost": lost, **counts}
                 seal(folder / "store.json", facts, "tokens.bin", "ends.bin")
                 shutil.rmtree(folder / _PARTS)
-    if key_of(sealed(folder / "store.json")["key"]) != key_of(key):
+    kept = sealed(folder / "store.json")
+    _tell(data, split, kept["lost"])
+    if key_of(kept["key"]) != key_of(key):
         raise ValueError(f"{str(folder)!r} holds other tokens than its name says; remove it, it is then made again")
     return folder
 
@@ -965,7 +975,6 @@ def _watch(results, bar):
 
 def _context():
     import multiprocessing
-    import sys
     return multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
 
 
@@ -1034,6 +1043,56 @@ def _separator(tokenizer, kind):
         return ()
 
 
+def _lost(data, split, texts, tokenizer):
+    """The share of letters that text8's symbols lose, judged by a million characters that are spread over the texts; ValueError above half."""
+    if not isinstance(tokenizer, Text8Tokenizer):
+        return 0.0
+    some = [texts[int(i)][:10_000] for i in np.linspace(0, len(texts) - 1, min(len(texts), 100))]
+    if (share := tokenizer.lost(some)) > 0.5:
+        raise ValueError(f"tokenizer: given text8 for data {str(data)!r}, split {split}: {share:.0%} of its letters are none of a to z and would become blanks; allowed: up to half, or bpe1024 for any text")
+    return share
+
+
+def _tell(data, split, share):
+    """Say it where letters are lost."""
+    if share >= 0.001:
+        print(f"data {str(data)!r}, split {split}: {share:.1%} of the letters are none of text8's and become blanks", file=sys.stderr)
+
+
+def _form(data, tokenizer, layout=None, separator=None):
+    """(padded, what stands between documents, frame) of a data set, as its row says or in the words of `load_blocks`."""
+    row = DATASETS.get(data, _MINE)
+    padded = row.padded if layout is None else layout == "padded"
+    between = () if padded else _separator(tokenizer, row.separator if separator is None else separator)
+    return padded, between, (tokenizer.bos_id, tokenizer.eos_id) if row.frame and None not in (tokenizer.bos_id, tokenizer.eos_id) else ()
+
+
+def check_text(data, split, tokenizer, length, layout=None, separator=None):
+    """Raise ValueError where `load_blocks` would, as far as this shows in the package's own data and in files below 64 MB: letters that the tokenizer has not, fewer tokens than a block takes."""
+    row = DATASETS.get(data)
+    if row.hub if row else sum(map(os.path.getsize, _files(Path(data), split))) >= LARGE or _conditional(data, split) is not None:
+        return
+    texts, (padded, between, frame) = documents(data, split), _form(data, tokenizer, layout, separator)
+    _lost(data, split, texts, tokenizer)
+    if row is None and type(tokenizer) is CharTokenizer:
+        tokenizer.encode_batch(islice(texts, 10_000))
+    tokens, content = 0, length - len(frame)
+    for text in texts:
+        ids = tokenizer.encode(text[:64 * content])
+        tokens += len(ids) + len(between) if len(ids) else 0
+        if padded and len(ids) or tokens - len(between) >= content or len(text) > 64 * content:
+            return
+    raise ValueError(_few(data, split, max(tokens - len(between), 0), length, len(frame)))
+
+
+def _few(data, split, tokens, length, frame):
+    """What to say of a text that is too short for one block."""
+    times = -(-(length - frame) // max(tokens, 1))
+    file = f" ({times * os.path.getsize(data):,} bytes in the file)" if data not in DATASETS and Path(data).is_file() else ""
+    shorter = f"length up to {tokens + frame}, or " if tokens >= 8 else ""
+    return f"{tokens} tokens do not fill one block of length={length} (data {data}, split {split}); allowed: {shorter}{times} times as much text{file}"
+
+
 def load_blocks(data, split, tokenizer, length, layout=None, separator=None, workers=None, progress=False):
     """The `Blocks` of a split of a data set (a name in `DATASETS` or a path), by a tokenizer or the name of one. `layout` "packed" or "padded" and `separator` "eos" or "" (between documents) replace what the row of the data set says.
     Files of one's own whose rows have a field "prompt" or "known" give `Conditional` blocks.
@@ -1043,10 +1102,7 @@ def load_blocks(data, split, tokenizer, length, layout=None, separator=None, wor
         raise ValueError(f"layout must be packed or padded, got {layout!r}")
     check_split(data, split)
     tokenizer = _tokenizer_of(tokenizer)
-    row = DATASETS.get(data, _MINE)
-    padded = row.padded if layout is None else layout == "padded"
-    between = () if padded else _separator(tokenizer, row.separator if separator is None else separator)
-    frame = (tokenizer.bos_id, tokenizer.eos_id) if row.frame and None not in (tokenizer.bos_id, tokenizer.eos_id) else ()
+    row, (padded, between, frame) = DATASETS.get(data, _MINE), _form(data, tokenizer, layout, separator)
     try:
         if (lines := _conditional(data, split)) is not None:
             return conditional(lines, tokenizer, length)
@@ -1057,8 +1113,9 @@ def load_blocks(data, split, tokenizer, length, layout=None, separator=None, wor
         stream = TokenFile(folder / "tokens.bin", _compact(tokenizer.vocab_size))
         return Blocks(stream, length, tokenizer, TokenFile(folder / "ends.bin", np.int64) if padded else None, frame, _pad_id(tokenizer), row.crops)
     except ValueError as error:
-        where = f" (data {data}, split {split})" if "do not fill" in str(error) or str(error).startswith("line ") else ""
-        raise ValueError(f"{error}{where}{'; take a shorter length' if 'do not fill' in str(error) else ''}") from None
+        if found := re.match(r"(\d+) tokens do not fill", str(error)):
+            raise ValueError(_few(data, split, int(found[1]), length, len(frame))) from None
+        raise ValueError(f"{error}{f' (data {data}, split {split})' if str(error).startswith('line ') else ''}") from None
 
 # %% ../nbs/08_data.ipynb #3a0e1903
 class Batches:
@@ -1124,9 +1181,7 @@ class Streamed:
     Keeps `index.json` and the last segments of `segment` documents in `folder` (default: in `$DUO_CACHE`). `separator` as in `load_blocks`."""
 
     def __init__(self, data, split, tokenizer, length, batch_size, seed=0, segment=8192, folder=None, separator=None):
-        row = DATASETS.get(data, _MINE)
-        separator = _separator(tokenizer, row.separator if separator is None else separator)
-        frame = (tokenizer.bos_id, tokenizer.eos_id) if row.frame and None not in (tokenizer.bos_id, tokenizer.eos_id) else ()
+        _, separator, frame = _form(data, tokenizer, "packed", separator)
         self.data, self.split, self.segment, self.separator = data, split, segment, separator
         self.rows = documents(data, split, streaming=True)
         self.folder = Path(folder or store_path(data, split, tokenizer, separator)[0].as_posix() + f"-stream-{length}-{segment}")
@@ -1167,6 +1222,8 @@ class Streamed:
         """Tokenise segment k, and note it in the index where it is new; ValueError where it was noted with other tokens."""
         self.rows.load_state_dict(index["state"][k])
         texts = [row["text"] for row in islice(self.rows, self.segment)]
+        if k == 0:
+            _tell(self.data, self.split, _lost(self.data, self.split, texts, self.tokenizer))
         stream, _ = _encode(texts, self.tokenizer, self.separator)
         stream = stream[:len(stream) // self.blocks.content * self.blocks.content]
         total = hashlib.sha256(stream).hexdigest()
