@@ -35,7 +35,7 @@ from importlib import metadata
 from pathlib import Path
 
 import duo
-from .parameters import RunError, describe, find_root, find_target, launcher, listing, needed, outputs, plan, read_overrides, read_parameters, relative, table
+from .parameters import RunError, describe, find, find_root, find_target, here, launcher, listing, needed, outputs, plan, printable, read_flat, read_json, read_overrides, read_parameters, read_text, shown, table
 
 # %% ../nbs/15_runs.ipynb #50003202
 def _plain(value):
@@ -96,27 +96,28 @@ class Run:
 
     @property
     def parameters(self):
-        """The parameters of the run as a dict, {} where there are none."""
-        import yaml
+        """The parameters of the run as a dict, {} where there are none. Raises ValueError, as the readers of the other files do, in one line that names a damaged file."""
+        return self._read("parameters.yaml", read_flat, {})
 
-        path = self.folder / "parameters.yaml"
-        return (yaml.safe_load(path.read_text(encoding="utf-8")) or {}) if path.exists() else {}
+    def _read(self, name, read, otherwise):
+        """What `read` makes of a file of the run, `otherwise` where it is not there."""
+        path = self.folder / name
+        try:
+            return read(path) if find(path) else otherwise
+        except (csv.Error, ValueError) as error:
+            raise ValueError(f"{here(path)}{error if str(error)[:1] == ':' else f': {error}'}; mend it, or remove it and the run makes it again") from None
 
     def metrics(self, **values):
         """Merges the values into metrics.json and returns all of them; NaN and infinity become null."""
-        path = self.folder / "metrics.json"
-        merged = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        merged |= _plain(values)
+        merged = self._read("metrics.json", read_json, {}) | _plain(values)
         if values:
-            _write(path, json.dumps(merged, indent=1, allow_nan=False) + "\n")
+            _write(self.folder / "metrics.json", json.dumps(merged, indent=1, allow_nan=False) + "\n")
         return merged
 
     def curve(self, rows=None, append=False):
         """Writes the rows (dicts) to curve.csv, behind those that are there if `append`, and returns all of them."""
-        path, old = self.folder / "curve.csv", []
-        if path.exists() and (rows is None or append):
-            with path.open(newline="", encoding="utf-8") as file:
-                old = [{k: _number(v) for k, v in row.items() if v != ""} for row in csv.DictReader(file)]
+        path = self.folder / "curve.csv"
+        old = self._read("curve.csv", _read_csv, []) if rows is None or append else []
         rows = old + [{k: v for k, v in _plain(row).items() if v is not None} for row in rows or ()]
         if len(rows) > len(old):
             _write(path, _csv(rows))
@@ -126,7 +127,7 @@ class Run:
         """Writes the samples, texts or dicts, to samples.jsonl, one a line; returns the dicts, {"text": …} for a text."""
         path = self.folder / "samples.jsonl"
         if items is None:
-            return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+            return self._read("samples.jsonl", _read_lines, [])
         items = [_plain(item) if isinstance(item, dict) else {"text": str(item)} for item in items]
         _write(path, "".join(json.dumps(item, ensure_ascii=False, allow_nan=False) + "\n" for item in items))
         return items
@@ -134,7 +135,7 @@ class Run:
     def figure(self, fig, name):
         """Saves a matplotlib figure as figures/NAME.png and returns the path."""
         path, picture = self.folder / "figures" / f"{name}.png", io.BytesIO()
-        fig.savefig(picture, dpi=150, bbox_inches="tight", format="png")
+        fig.savefig(picture, dpi=150, bbox_inches="tight", format="png", metadata={"Software": "duo-run"})
         _write(path, picture.getvalue())
         return path
 
@@ -145,6 +146,25 @@ def _number(text):
         with contextlib.suppress(ValueError):
             return kind(text)
     return text
+
+
+def _read_csv(path):
+    """The rows (dicts) of a CSV file."""
+    rows = list(csv.DictReader(io.StringIO(read_text(path), newline="")))
+    if any(None in row or None in row.values() for row in rows):
+        raise ValueError("a line with another number of cells than the first")
+    return [{k: _number(v) for k, v in row.items() if v != ""} for row in rows]
+
+
+def _read_lines(path):
+    """The objects (dicts) in the lines of a JSON lines file."""
+    rows = []
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        with contextlib.suppress(ValueError, RecursionError):
+            rows += [json.loads(line)] if line.strip() else []
+        if line.strip() and len(rows) < number or rows and not isinstance(rows[-1], dict):
+            raise ValueError(f":{number}: no JSON object")
+    return rows
 
 
 def _csv(rows):
@@ -386,8 +406,8 @@ def _client(stop):
 def _scrub(text, root):
     """The text of a notebook without the machine's folders: paths relative to the root, `~` for the home folder."""
     text = re.sub(r"(?<![^\s\"'<>])[^\s\"'<>]*[/\\]ipykernel_\d+[/\\]\d+\.py", "cell", text)  # from a word's start: a picture is one long word
-    package, python, base = Path(duo.__file__).resolve().parents[1], Path(sys.prefix), Path(sys.base_prefix)
-    for folder, word in ((Path(root), ""), (package, ""), (python, "python/"), (base, "python/"), (Path.home(), "~/")):
+    package, python, base, home = Path(duo.__file__).resolve().parents[1], Path(sys.prefix), Path(sys.base_prefix), Path(os.path.expanduser("~"))
+    for folder, word in ((Path(root), ""), (package, ""), (python, "python/"), (base, "python/"), (home, "~/")):  # a user without a home has "~"
         if len(folder.parts) > 1:
             text = text.replace(f"{folder.as_posix()}/", word)
             text = re.sub(re.escape(folder.as_posix()) + r"(?![\w.-])", (word or ".").rstrip("/"), text)
@@ -417,7 +437,7 @@ def _execute(job, root, stop):
     with contextlib.chdir(root):
         try:
             stop.inside = True
-            source, target, folder = (relative(path, root) for path in (job.notebook, running, job.folder))
+            source, target, folder = (here(path) for path in (job.notebook, running, job.folder))
             papermill.execute_notebook(source, None if _rank() else target, {**job.params, "output": folder}, engine_name="duo",
                                        kernel_name="python3", language="python", progress_bar=False)
         except PapermillExecutionError as failure:
@@ -431,66 +451,157 @@ def _execute(job, root, stop):
         except Exception as failure:
             error = stop.cell, type(failure).__name__, failure
         stop.process, stop.inside = None, False
-        if running.exists() and not _rank():
-            text = _scrub(running.read_text(encoding="utf-8"), root)
-            _write(running.with_name("notebook.ipynb"), text.replace('running.ipynb"', 'notebook.ipynb"'))
-            running.unlink()
+        try:
+            if running.exists() and not _rank():
+                text = _scrub(running.read_text(encoding="utf-8"), root)
+                _write(running.with_name("notebook.ipynb"), text.replace('running.ipynb"', 'notebook.ipynb"'))
+                running.unlink()
+        except OSError as failure:
+            error = error or (None, "notebook.ipynb", f"cannot be written ({failure.strerror})")
     if error:
         cell, name, text = error
         return f"{f'in cell {cell}: ' if cell else ''}{name}: {' '.join(str(text).split())}"
 
 # %% ../nbs/15_runs.ipynb #32d40174
-_PARTS = ("notebook.ipynb", "running.ipynb", "parameters.yaml", "metrics.json", "environment.json", "curve.csv", "samples.jsonl", "trajectory.jsonl",
-          "figures", "checkpoints")
-_BESIDE = "sweep.json", "sweep.csv", "slurm.sh", "logs", "failed.ipynb"  # of a sweep, of SLURM, of the other processes, of a run that failed
+_MODEL = "config.json", "model.safetensors", "raw.safetensors", "tokenizer.json", "README.md", "last.ckpt", "best.ckpt", "*.[0-9]*.shards/*-of-*.safetensors"
+_PARTS = ("notebook.ipynb", "running.ipynb", "failed.ipynb", "parameters.yaml", "metrics.json", "environment.json", "curve.csv", "samples.jsonl", "trajectory.jsonl",
+          "figures/*.png", *(f"{place}/{name}" for place in ("checkpoints", "checkpoints/round[0-9]*") for name in _MODEL))  # the names of what a run writes
+_BEFORE = re.compile(r"slurm\.sh|logs|logs/slurm(-\d+)?\.out|logs/rank\d+\.log|\.parameters\.yaml\.\d+\.tmp")  # what may be there before a run is: of SLURM, of the other processes
 _HOW = "device_batch_size", "devices", "strategy", "logger"  # how a result is computed, not which
 
 
-def _move(source, target):
-    """Moves what a run writes, and nothing else, from one folder to another."""
-    target.mkdir(exist_ok=True)
-    for name in _PARTS:
-        if (source / name).exists():
-            os.replace(source / name, target / name)
+def _present(folder):
+    """The files in a folder that have names of what a run writes, relative to it."""
+    return {path.relative_to(folder).as_posix() for pattern in _PARTS for path in folder.glob(pattern)}
 
 
-def _discard(folder):
-    """Removes what a run writes, and nothing else, from its folder."""
-    for name in _PARTS:
-        path = folder / name
-        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
-
-
-def _check_writable(folder, root):
-    """Raises `RunError` where the folder is none or cannot be written, or made; leaves nothing there."""
-    there = next(path for path in (folder, *folder.parents) if path.exists())
-    if not there.is_dir():
-        raise RunError(f"{relative(there, root)}: a file; allowed: a folder, or a name that does not exist yet")
+def _record(folder):
+    """What environment.json says of the sessions in a folder and of the files that they wrote; {} where there is none that can be read, which the next session makes again."""
     try:
+        record = read_json(folder / "environment.json")
+    except ValueError:
+        return {}
+    sessions, files = record.get("sessions"), record.get("files")
+    sound = isinstance(sessions, list) and all(isinstance(s, dict) and isinstance(s.get("status"), str) for s in sessions)
+    return record if sound and (files is None or isinstance(files, list) and all(isinstance(name, str) for name in files)) else {}
+
+
+def _own(folder):
+    """The files in a folder that its run has written, as it recorded; where it could not, because it was killed or is older than the record, those that have their names."""
+    record, there = _record(folder), _present(folder)
+    if "files" not in record:
+        return there
+    killed = record["sessions"] and record["sessions"][-1]["status"] == "running"
+    return there & {*record["files"], "failed.ipynb", *(name for name in there if killed and not name.startswith("figures/"))}
+
+
+def _move(source, target, names):
+    """Moves files of a run from one folder to another; parameters.yaml, by which a folder is known as a run's, stays as well."""
+    for name in names:
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        (shutil.copyfile if name == "parameters.yaml" else shutil.move)(source / name, target / name)
+    _tidy(source, names)
+
+
+def _discard(folder, names):
+    """Removes files of a run from its folder."""
+    for name in names:
+        (folder / name).unlink(missing_ok=True)
+    _tidy(folder, names)
+
+
+def _tidy(folder, names):
+    """Removes the folders that are empty without these files."""
+    for inner in sorted({parent for name in names for parent in Path(name).parents[:-1]}, reverse=True):
+        with contextlib.suppress(OSError):
+            (folder / inner).rmdir()
+
+
+def _check_writable(folder):
+    """Raises `RunError` where the folder is none or cannot be written, or made; leaves nothing there."""
+    try:
+        if not str(folder).isprintable():
+            raise ValueError("a control character in its name")
+        find(folder)
+        there = next(path for path in (folder, *folder.parents) if find(path))
+        if not there.is_dir():
+            raise RunError(f"{here(there)}: a file; allowed: a folder, or a name that does not exist yet")
         with tempfile.TemporaryDirectory(prefix=".duo-", dir=there):
             pass
-    except OSError as error:
-        raise RunError(f"{relative(folder, root)}: cannot be written ({error.strerror}); allowed: a folder of one's own") from None
+    except RunError:
+        raise
+    except (OSError, ValueError) as error:
+        raise RunError(f"{shown(here(folder))}: cannot be written ({getattr(error, 'strerror', None) or error}); allowed: a folder of one's own") from None
+
+
+def _check_ours(path, sign):
+    """Raises `RunError` where a file would be replaced that has not our `sign` near its beginning."""
+    if find(path) and not (path.is_file() and sign.encode() in path.open("rb").read(4096)):
+        raise RunError(f"{here(path)}: not written by duo-run; move it away or choose another --output")
+
+
+def _there(folder, verb):
+    """The parameters of the run of a verb in a folder, None where nothing is there yet. Raises `RunError` for a folder of anything else: a run's has a parameters.yaml that names it."""
+    logs = [f"logs/{name}" for name in os.listdir(folder / "logs")] if (folder / "logs").is_dir() else []
+    names = sorted(os.listdir(folder)) + logs if find(folder) else []
+    path, foreign = folder / "parameters.yaml", [name for name in names if not _BEFORE.fullmatch(name)]
+    if not foreign:
+        return None
+    if path.name not in names:
+        raise RunError(f"{here(folder)}: holds {shown(foreign[0])} and is not the folder of a run; choose another --output")
+    try:
+        if not read_text(path, 2**16).startswith(f"# duo-run {verb}/"):
+            raise ValueError(f": not of a run of {verb}")
+        return read_flat(path)
+    except ValueError as error:
+        raise RunError(f"{here(path)}{error}; mend it or choose another --output") from None
 
 
 def _prepare(job, root, restart):
     """Decides about what is in the job's folder: True to go on from its checkpoints, False to start anew. Writes nothing."""
-    folder, params, where = job.folder, job.params, relative(job.folder, root)
-    _check_writable(folder, root)
-    if not folder.exists():
+    folder, where, verb = job.folder, here(job.folder), job.target.partition("/")[0]
+    _check_writable(folder)
+    if (there := _there(folder, verb)) is None:
         return False
-    there, ours = Run(folder).parameters, {*_PARTS, *_BESIDE}
-    foreign = [p.name for p in folder.iterdir() if p.name not in ours and "=" not in p.name and p.name[0] != "."]
-    if not there and foreign:
-        raise RunError(f"{where}: holds {foreign[0]} and is not the folder of a run; choose another --output")
-    if restart or not any((folder / "checkpoints").glob("*")):
+    present = _present(folder)
+    if restart or not any(name.startswith("checkpoints/") for name in present):
+        if foreign := sorted(name for name in present - _own(folder) if not name.startswith("figures/")):
+            raise RunError(f"{where}: holds {foreign[0]}, which the run there did not write; move it away or choose another --output")
         return False
     known = {name: p.default for name, p in read_parameters(job.notebook).items()}
-    pairs = [(k, there.get(k, "not given"), params.get(k, "not given")) for k in dict.fromkeys([*there, *params]) if k not in _HOW]
-    other = ", ".join(f"{key} ({old} there, {new} now)" for key, old, new in pairs if old != new and (key in there or new != known[key]))
-    if other:
-        raise RunError(f"{where}: holds checkpoints of other parameters: {other}; --restart discards them, --output DIR keeps both")
+    pairs = [(k, there.get(k, "not given"), job.params.get(k, "not given")) for k in dict.fromkeys([*there, *job.params]) if k not in _HOW]
+    other = [(key, old, new) for key, old, new in pairs if old != new and (key in there or new != known[key])]
+    if other and not _longer(other, there, where):
+        words = ", ".join(f"{shown(key)} ({shown(old)} there, {shown(new)} now)" for key, old, new in other)
+        raise RunError(f"{where}: holds checkpoints of other parameters: {words}; --restart discards them, --output DIR keeps both")
+    _check_readable(folder, verb)
     return True
+
+
+def _longer(other, there, where):
+    """Whether parameters differ in a greater `max_steps` alone, and a training of those there can go on to it. Raises `RunError` where its learning rate depends on the end."""
+    if [key for key, _, _ in other] != ["max_steps"] or not isinstance(other[0][1], int) or other[0][2] < other[0][1]:
+        return False
+    if there.get("lr_decay") not in ("constant", "halving"):
+        raise RunError(f"{where}: holds a training of {other[0][1]} steps whose learning rate ends there (lr_decay {shown(there.get('lr_decay'))}), so that {other[0][2]} steps would have had another "
+                       f"rate from the first on; allowed: lr_decay constant or halving, or a new run with start={where}/checkpoints and --output DIR")
+    return True
+
+
+def _check_readable(folder, verb):
+    """Raises `RunError` for a damaged file of a run that is to go on."""
+    run, last = Run(folder), folder / "checkpoints/last.ckpt"
+    try:
+        run.metrics(), run.curve(), run.samples()
+    except ValueError as error:
+        raise RunError(str(error)) from None
+    if verb in ("train", "distil") and find(last):
+        from duo.hub import examine
+
+        try:
+            examine(last)
+        except ValueError as error:
+            raise RunError(f"{here(last)}: {str(error).removeprefix(f'{last}: ')}; --restart begins anew") from None
 
 
 @contextlib.contextmanager
@@ -505,7 +616,7 @@ def _alone(folder, root):
             stack.callback(os.close, handle)
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise RunError(f"{relative(folder, root)}: another run is writing there; wait for it or choose another --output") from None
+            raise RunError(f"{here(folder)}: another run is writing there; wait for it or choose another --output") from None
         except (ImportError, OSError):
             pass
         yield
@@ -517,37 +628,40 @@ def _flat(params, command):
 
     flow = lambda value: None if isinstance(value, list) else False  # None keeps a list in its line
     lines = [yaml.safe_dump({k: v}, default_flow_style=flow(v), width=10**6, allow_unicode=True) for k, v in params.items()]
-    return "".join([f"# {command}\n", *lines])
+    return "".join([f"# {printable(command)}\n", *lines])
 
 
 def _recorded(job, root, stop, resumed):
     """`_execute` with parameters.yaml and environment.json kept beside it."""
-    path = job.folder / "environment.json"
-    past = json.loads(path.read_text(encoding="utf-8")).get("sessions", []) if resumed and path.exists() else []
+    path, own = job.folder / "environment.json", _own(job.folder)
+    past = _record(job.folder).get("sessions", []) if resumed else []
+    foreign = {name for name in _present(job.folder) - own if name.startswith("figures/")}
+    if resumed and not past:
+        _say(f"{here(path)}: not what a run writes, made again")
     earlier = job.folder / ".earlier"  # results wait here until the new run has some, or has a checkpoint to go on from
-    if not resumed and (job.folder / "metrics.json").exists() and not earlier.exists():
-        _move(job.folder, earlier)
+    if not resumed and "metrics.json" in own and not earlier.exists():
+        _move(job.folder, earlier, own)
     elif not resumed:
-        _discard(job.folder)
-    for name in ("running.ipynb", "failed.ipynb"):
-        (job.folder / name).unlink(missing_ok=True)
+        _discard(job.folder, own - {"parameters.yaml"})
+    _discard(job.folder, ["running.ipynb", "failed.ipynb"])
     _write(job.folder / "parameters.yaml", _flat(job.params, job.command))
     now = lambda: datetime.now(timezone.utc).isoformat(timespec="seconds")
     session, clock = {"status": "running", "start": now()}, time.monotonic()
-    record = {"command": job.command, **environment(root), "seed": job.params.get("seed"), "sessions": past + [session]}
+    record = {"command": job.command, **environment(root), "seed": job.params.get("seed"), "sessions": past + [session], "files": sorted(own) if resumed else []}
     _write(path, json.dumps(record, indent=1) + "\n")
     error = _execute(job, root, stop)
     session["status"] = "stopped" if stop.signal else "failed" if error else "finished"
     session |= {"end": now(), "wall_seconds": round(time.monotonic() - clock, 2), **stop.measured}
+    record["files"] = sorted(_present(job.folder) - foreign)
     _write(path, json.dumps(record, indent=1) + "\n")
     if earlier.exists() and not error and not stop.signal:
         shutil.rmtree(earlier)
-    elif earlier.exists() and not any((job.folder / "checkpoints").glob("*")):
+    elif earlier.exists() and not any(name.startswith("checkpoints/") for name in record["files"]):
         if (notebook := job.folder / "notebook.ipynb").exists():
             os.replace(notebook, notebook.with_name("failed.ipynb"))
-        _discard(job.folder)
-        _move(earlier, job.folder)
-        earlier.rmdir()
+        _discard(job.folder, {*record["files"]} - {"failed.ipynb"})
+        _move(earlier, job.folder, _present(earlier))
+        shutil.rmtree(earlier)
     return error
 
 
@@ -570,20 +684,23 @@ def _one(job, root, restart=False):
                 return Run(job.folder)
         else:
             resumed = _prepare(job, root, restart)
-            with _alone(job.folder, root):
-                error = _recorded(job, root, stop, resumed)
+            try:
+                with _alone(job.folder, root):
+                    error = _recorded(job, root, stop, resumed)
+            except OSError as failure:
+                raise RunError(f"{here(job.folder)}: cannot be written ({failure.strerror})", status=1) from None
     if stop.signal:
         raise Stopped(signal.Signals(stop.signal).name)
     if error:
-        raise RunError(f"{job.target} failed {error}; see {relative(job.folder, root)}/{_failed(job.folder)}", status=1)
+        raise RunError(f"{job.target} failed {error}; see {here(job.folder)}/{_failed(job.folder)}", status=1)
     return Run(job.folder)
 
 # %% ../nbs/15_runs.ipynb #80cdfa0f
 def run(target, output=None, restart=False, **overrides):
     """Runs "verb/name" with the given parameters over those of its file and returns its `Run`: `duo-run` for notebooks and
-    programs. `output` is relative to the repository's root. Raises `RunError` (a ValueError) where the command would exit."""
+    programs. Raises `RunError` (a ValueError) where the command would exit."""
     root = find_root()
-    return _one(plan(target, overrides, output and root / output, root)[0], root, restart)
+    return _one(plan(target, overrides, output, root)[0], root, restart)
 
 # %% ../nbs/15_runs.ipynb #1f665cbe
 def _scalars(metrics):
@@ -593,14 +710,16 @@ def _scalars(metrics):
 
 def _say(text):
     """A line on the terminal, beside what a program reads."""
-    _Live("stderr").write(f"duo-run: {text}\n")
+    _Live("stderr").write(f"duo-run: {printable(str(text))}\n")
 
 
 def _sweep(jobs, root, restart):
     """Runs the jobs one after the other, keeps sweep.json and sweep.csv up to date, prints the table; 1 if one failed."""
     rows, folder, status = [], jobs[0].folder.parent, 0
+    for name in ("sweep.json", "sweep.csv"):
+        _check_ours(folder / name, "status")
     for number, job in enumerate(jobs, 1):
-        _say(f"{number} of {len(jobs)}: {' '.join(f'{k}={v}' for k, v in job.swept.items())} -> {relative(job.folder, root)}")
+        _say(f"{number} of {len(jobs)}: {' '.join(f'{k}={v}' for k, v in job.swept.items())} -> {here(job.folder)}")
         try:
             row = {"status": "finished", **_scalars(_one(job, root, restart).metrics())}
         except RunError as error:
@@ -656,6 +775,8 @@ def slurm_script(jobs, options, root, restart=False):
     own = {"job-name": "duo-" + jobs[0].target.replace("/", "-"), "chdir": root, "output": folder / "logs" / "slurm-%j.out", "open-mode": "append"}
     if len(jobs) > 1:
         own["array"] = f"0-{len(jobs) - 1}"
+    if wrong := [f"slurm: {shown(key)}: given {shown(value)}; allowed: one line without control characters" for key, value in (own | options).items() if not f"{key}{value}".isprintable()]:
+        raise RunError(wrong)
     asked = [f"#SBATCH --{key}={shlex.quote(str(value))}" for key, value in (own | options).items()]
     runs = [f"{i}) folder={shlex.quote(str(job.folder))}; run=({shlex.join(shlex.split(job.command)[1:])}) ;;" for i, job in enumerate(jobs)]
     duo_run = shutil.which("duo-run", path=sysconfig.get_path("scripts")) or "duo-run"
@@ -679,13 +800,14 @@ def _submit(jobs, words, root, restart, dry):
         return 0
     if shutil.which("sbatch") is None:
         raise RunError("sbatch: not found; --slurm is for a machine that submits to SLURM, --slurm --dry-run prints the script")
+    _check_ours(folder / "slurm.sh", "#SBATCH --job-name=duo-")
     (folder / "logs").mkdir(parents=True, exist_ok=True)
     _write(folder / "slurm.sh", text)
     done = subprocess.run(["sbatch", "--parsable", str(folder / "slurm.sh")], capture_output=True, text=True)
     if done.returncode:
-        raise RunError(f"sbatch: {' '.join((done.stderr or done.stdout).split()) or done.returncode}; the script is {relative(folder, root)}/slurm.sh")
+        raise RunError(f"sbatch: {' '.join((done.stderr or done.stdout).split()) or done.returncode}; the script is {here(folder)}/slurm.sh")
     runs = f"{len(jobs)} runs" if len(jobs) > 1 else "1 run"
-    _say(f"job {done.stdout.strip().partition(';')[0]}: {runs}, script and logs in {relative(folder, root)}")
+    _say(f"job {done.stdout.strip().partition(';')[0]}: {runs}, script and logs in {here(folder)}")
     return 0
 
 # %% ../nbs/15_runs.ipynb #3fe0c279
@@ -693,20 +815,37 @@ def collected(folders, root):
     """A row (dict) for each run in or below the folders, with its curve: run, the parameters that differ, status, sessions, seconds, metrics,
     and the last line of its log where it is not finished; as a list of (row, curve)."""
     found = sorted({path.parent for folder in folders for path in Path(folder).rglob("parameters.yaml") if "checkpoints" not in path.parts})
-    given = [Run(folder).parameters for folder in found]
+    given = [_parameters(folder) for folder in found]
     differ = [k for k in dict.fromkeys(k for p in given for k in p) if len({json.dumps(p[k]) for p in given if k in p}) > 1]
     rows = []
     for folder, params in zip(found, given):
-        path = folder / "environment.json"
-        sessions = json.loads(path.read_text(encoding="utf-8")).get("sessions", []) if path.exists() else []
-        row = {"run": relative(folder, root), **{k: params[k] for k in differ if k in params}, "status": sessions[-1]["status"] if sessions else "none",
-               "sessions": len(sessions), "wall_seconds": round(sum(s.get("wall_seconds", 0) for s in sessions), 1), **_scalars(Run(folder).metrics())}
+        sessions, name = _record(folder).get("sessions", []), (folder.relative_to(root) if folder.is_relative_to(root) else folder).as_posix()
+        try:
+            metrics, curve = _scalars(Run(folder).metrics()), Run(folder).curve()
+        except ValueError as error:
+            metrics, curve = {"damaged": str(error)}, []
+        row = {"run": name, **{k: params[k] for k in differ if k in params}, "status": sessions[-1]["status"] if sessions else "none",
+               "sessions": len(sessions), "wall_seconds": round(sum(_seconds(s) for s in sessions), 1), **metrics}
         logs = sorted(folder.glob("logs/*.out"), key=lambda log: log.stat().st_mtime)
         if logs and row["status"] != "finished":
             text = Screen().write(logs[-1].read_text(encoding="utf-8", errors="replace")[-4000:])
             row["log"] = next((line for line in reversed(text.splitlines()) if line.strip()), "")
-        rows.append((row, Run(folder).curve()))
+        rows.append((row, curve))
     return rows
+
+
+def _parameters(folder):
+    """The parameters of a run for a table; of a damaged file, what is wrong with it."""
+    try:
+        return Run(folder).parameters
+    except ValueError as error:
+        return {"damaged": str(error)}
+
+
+def _seconds(session):
+    """The seconds of a session, 0 where it does not say."""
+    seconds = session.get("wall_seconds")
+    return seconds if isinstance(seconds, (int, float)) else 0
 
 
 def _folded(rows, width):
@@ -728,14 +867,16 @@ def _collect(patterns, root, output=None):
     if not found or not all(of.values()):
         nothing = " ".join(patterns if not found else [p for p, folders in of.items() if not folders])
         raise RunError(f"collect: no run in {nothing or 'nothing'}; allowed: folders of runs, as in duo-run collect 'train/*'")
-    target = Run(Path(output).resolve() if output else home / "collect")
-    _check_writable(target.folder, root)
+    target = Run(Path(os.path.realpath(output)) if output else home / "collect")
+    _check_writable(target.folder)
+    _check_ours(target.folder / "runs.csv", ",wall_seconds")
+    _check_ours(target.folder / "figures/curves.png", "duo-run")
     _write(target.folder / "runs.csv", _csv([row for row, _ in found]))
     print(_folded([row for row, _ in found], shutil.get_terminal_size((150, 24)).columns))
     curves = [(row["run"], curve) for row, curve in found if curve and {"step", "valid_nll"} <= curve[0].keys()]
     if curves:
         target.figure(_curves(curves), "curves")
-    _say(f"{len(found)} runs -> {relative(target.folder, root)}/runs.csv" + (" and figures/curves.png" if curves else ""))
+    _say(f"{len(found)} runs -> {here(target.folder)}/runs.csv" + (" and figures/curves.png" if curves else ""))
     return 0
 
 
@@ -848,7 +989,7 @@ def _small_copies(folder, root):
 def _smoke(target, overrides, root):
     """Runs what the target needs and then itself, all `shrunk`, on small copies unless $DUO_DATA is set, into the folder smoke/ of the results; returns the exit status."""
     before, runs, home = dict(os.environ), needed(target, root), outputs(root) / "smoke"
-    _check_writable(home, root)
+    _check_writable(home)
     os.environ |= {"DUO_OUTPUTS": str(home)} | ({} if "DUO_DATA" in before else _small_copies(home, root))
     try:
         return max(_start(plan(name, overrides if name == runs[-1] else (), root=root, smoke=True), root, True, False, None) for name in runs)
@@ -865,7 +1006,7 @@ def _start(jobs, root, restart, dry, slurm):
     if slurm is not None:
         return _submit(jobs, slurm, root, restart, dry)
     if dry:
-        print(table([{"command": job.command, "folder": relative(job.folder, root), "start": "goes on" if there else "anew"} for job, there in zip(jobs, resumed)]))
+        print(table([{"command": job.command, "folder": here(job.folder), "start": "goes on" if there else "anew"} for job, there in zip(jobs, resumed)]))
         return 0
     if jobs[0].swept:
         return _sweep(jobs, root, restart)
@@ -873,7 +1014,7 @@ def _start(jobs, root, restart, dry, slurm):
     if _rank():
         _one(job, root, restart)
         return 0
-    _say(f"{job.target} -> {relative(job.folder, root)}")
+    _say(f"{job.target} -> {here(job.folder)}")
     metrics = _scalars(_one(job, root, restart).metrics())
     _say(f"{job.target} finished in {time.monotonic() - clock:.1f} s")
     if metrics:
