@@ -74,7 +74,7 @@ def walk(teacher, process, zt, alphas, fall, symbol):
         hidden, masked = teacher.hidden(z, -alpha.log()), z == process.mask_id
         named = hidden if named is None else torch.where(masked[..., None], hidden, named)
         now = masked & (fall * (1 - first) < to[:, None].double() - first)
-        p = teacher.head(hidden[now]).double().index_fill(-1, torch.tensor(process.mask_id, device=z.device), -torch.inf).softmax(-1).cumsum(-1)
+        p = teacher.head(hidden[now]).double().index_fill(-1, torch.full((), process.mask_id, device=z.device), -torch.inf).softmax(-1).cumsum(-1)
         z = z.masked_scatter(now, torch.searchsorted(p, symbol[now][:, None].double() * p[:, -1:], right=True)[:, 0].clamp(max=process.vocab_size - 1))
     return named, z
 

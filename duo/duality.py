@@ -17,7 +17,7 @@ def alpha_tilde(gamma):
 
 # %% ../nbs/03_duality.ipynb #bdd4e6cd
 @lru_cache
-def _rule(vocab_size, n=128):
+def _rule(vocab_size, n=128, device="cpu"):
     "Nodes m and weights K φ(m) Φ(m)^{K−2} dm: Gauss–Legendre for the law of the largest of K−1 normals, times K/(K−1)."
     if vocab_size < 2: raise ValueError(f"vocab_size is {vocab_size}; it must be at least 2")
     with torch.inference_mode(False):
@@ -27,7 +27,7 @@ def _rule(vocab_size, n=128):
         a, b = max(-9.0, -torch.special.ndtri(upper).item()), 12.0
         m = (a + b) / 2 + (b - a) / 2 * x
         log_f = math.log(vocab_size / math.sqrt(2 * math.pi)) - m * m / 2 + (vocab_size - 2) * torch.special.log_ndtr(m)
-        return m, (b - a) * v[0] ** 2 * log_f.exp()
+        return m.to(device), ((b - a) * v[0] ** 2 * log_f.exp()).to(device)
 
 # %% ../nbs/03_duality.ipynb #7445d0a9
 def uniform_alpha(gamma, vocab_size):
@@ -35,7 +35,7 @@ def uniform_alpha(gamma, vocab_size):
 
     Both float64, with the shape and device of gamma (a float or a tensor). ValueError if vocab_size < 2."""
     gamma = torch.as_tensor(gamma, dtype=torch.float64)
-    m, w = (r.to(gamma.device) for r in _rule(int(vocab_size)))
+    m, w = _rule(int(vocab_size), device=gamma.device)
     mu = (-gamma / 2).exp().unsqueeze(-1)
     lost = (w * torch.special.ndtr(m - mu)).sum(-1)
     gained = (w * (torch.special.ndtr(mu - m) - torch.special.ndtr(-m))).sum(-1)

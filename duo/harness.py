@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 from .data import documents
+from .dit import precise
 from .hub import Model, load
 from .metrics import words
 from .samplers import LogScores, loo_from_score
@@ -66,7 +67,7 @@ class Harness(TemplateLM):
     mode: "suffix" for the bound of the continuation given the
     clean context, "full" for that of both; steps: network calls to generate with (None: one a token); top_p; batch_size: rows at once; max_length:
     tokens of context and continuation together (None: the
-    model's block). `details` lists, for every likelihood, its kind, value, standard error (nats), draws, tokens and how many tokens of context were
+    model's block); precision: one of `dit.PRECISIONS`. `details` lists, for every likelihood, its kind, value, standard error (nats), draws, tokens and how many tokens of context were
     cut off. Raises ValueError for options that do not fit.
     """
 
@@ -84,10 +85,12 @@ class Harness(TemplateLM):
         seed=1,
         progress=True,
         max_batch_size=None,
+        precision="auto",
     ):
         super().__init__()
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.model = pretrained.to(device) if isinstance(pretrained, Model) else load(pretrained, device=device)
+        self.model.precision = precision
         if mode not in ("suffix", "full"):
             raise ValueError(f"mode must be suffix or full, got {mode!r}")
         for name, value in (
@@ -177,7 +180,9 @@ class Harness(TemplateLM):
             for batch in (same[a:a + step] for a in range(0, len(same), step)):
                 tokens = torch.tensor([pairs[i][0] + pairs[i][1] for i in batch], device=self._device)
                 start = torch.tensor([len(pairs[i][0]) for i in batch], device=self._device)
-                for i, row in zip(batch, self._left_to_right(tokens, start) if self.exact else self._bounds(tokens, start, greedy)):
+                with precise(self._device, self.model.precision):
+                    found = self._left_to_right(tokens, start) if self.exact else self._bounds(tokens, start, greedy)
+                for i, row in zip(batch, found):
                     scored[i] = row
                 bar.update(len(batch))
         bar.close()
@@ -186,12 +191,15 @@ class Harness(TemplateLM):
     def _left_to_right(self, tokens, start):
         """Exact nats of an autoregressive model from position `start` (B,) on."""
         never, first = self.model.ends
-        logits = self.model.net(torch.cat([torch.full_like(tokens[:, :1], first), tokens[:, :-1]], 1)).index_fill(
-            -1, torch.tensor(never, device=tokens.device), -math.inf
-        )
+        hidden = self.model.net.hidden(torch.cat([torch.full_like(tokens[:, :1], first), tokens[:, :-1]], 1))
         mine = torch.arange(tokens.shape[1], device=tokens.device) >= (start[:, None] if self.mode == "suffix" else 0)
-        nats = -logits.double().log_softmax(-1).gather(-1, tokens[..., None]).squeeze(-1)
-        hit = ((logits.argmax(-1) == tokens) | (torch.arange(tokens.shape[1], device=tokens.device) < start[:, None])).all(1)
+        parts, size = [], max(1, 2**25 // self.model.net.config.vocab_size)  # logits of some tokens at a time, 256 MB in float64
+        for h, target in zip(hidden.flatten(0, 1).split(size), tokens.flatten().split(size)):
+            logits = self.model.net.head(h).double()
+            logits[:, never] = -math.inf
+            parts.append((-logits.log_softmax(-1).gather(-1, target[:, None])[:, 0], logits.argmax(-1) == target))
+        nats, best = (torch.cat(part).view(tokens.shape) for part in zip(*parts))
+        hit = (best | (torch.arange(tokens.shape[1], device=tokens.device) < start[:, None])).all(1)
         return [(n, 0.0, h) for n, h in zip((nats * mine).sum(1).tolist(), hit.tolist())]
 
     def _bounds(self, tokens, start, greedy):

@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 
 from .data import DATASETS, CharTokenizer, PixelTokenizer, SubwordTokenizer, tokenizer_from_json
 from .data import tokenizer as tokenizer_of
-from .dit import DiT, DiTConfig
+from .dit import DiT, DiTConfig, precise
 from .likelihood import METHODS, Staircase, clean_bias, left_to_right_nll, linear_nelbo, linear_score_nelbo, make_process, network_vocab, score_scale
 from .metrics import Scores, judge_of
 from .processes import Absorbing, Process
@@ -69,7 +69,7 @@ class _Scores:
         return torch.cat([h, scale.expand(*h.shape[:2], 1).float()], -1)
 
     def head(self, h):
-        return self.net.head(h[..., :-1]).float() - h[..., -1:]
+        return self.net.head(h[..., :-1].to(self.net.head.weight.dtype)).float() - h[..., -1:]
 
     def __call__(self, x, sigma):
         return self.head(self.hidden(x, sigma))
@@ -121,6 +121,15 @@ def _tokens(what, given, size, dims=(1,)) -> torch.Tensor:
     return tokens
 
 
+def _precisely(method):
+    """A method of `Model` whose matrix products have the precision of the model."""
+    @functools.wraps(method)
+    def call(self, *args, **options):
+        with precise(self.device, self.precision):
+            return method(self, *args, **options)
+    return call
+
+
 @dataclasses.dataclass(eq=False)
 class Model(ModelHubMixin):
     """A network with all that it needs to write and judge text: a `method` of `likelihood.METHODS`, its schedule (None for autoregressive models), a
@@ -128,7 +137,7 @@ class Model(ModelHubMixin):
     or that
     an autoregressive model never writes; `bos_id` its own that it reads before the text (None: the frame's, or else a symbol behind the tokenizer's). `p_uniform` is the share of
     uniform noise (gidd), `T` the number of
-    steps of which `loss` is the bound (d3pm; None: infinitely many). `frame` is (bos, eos), the symbols around each text that it learnt, or None. ValueError where these do not fit.
+    steps of which `loss` is the bound (d3pm; None: infinitely many). `frame` is (bos, eos), the symbols around each text that it learnt, or None. `precision` is that of the matrix products, one of `dit.PRECISIONS`. ValueError where these do not fit.
 
     `model.sample(4)` writes, `model.nll(texts)` judges, `model.loss` goes to `metrics.evaluate_bound`, `model.denoiser` to `samplers.sample`;
     `from_pretrained`, `save_pretrained` and `push_to_hub` are huggingface_hub's.
@@ -144,6 +153,7 @@ class Model(ModelHubMixin):
     p_uniform: float | None = None
     T: int | None = None
     frame: tuple[int, int] | None = None
+    precision: str = "auto"
     process: Process | None = dataclasses.field(init=False)
 
     def __post_init__(self):
@@ -186,7 +196,7 @@ class Model(ModelHubMixin):
         return next(self.net.parameters()).device
 
     def to(self, device) -> "Model":
-        """The same model with its network moved to `device`."""
+        """The same model with its network moved to `device`, or its weights in another dtype."""
         self.net.to(device)
         return self
 
@@ -217,13 +227,14 @@ class Model(ModelHubMixin):
             return LogScores(_Scores(self.net, self.process))
         return _Clean(self.net, self.process) if METHODS[self.method].prior == "hybrid" else self.net
 
+    @_precisely
     def loss(self, x0, t, generator=None, labels=None) -> torch.Tensor:
         """(B, L) nats of x0 (B, L) at times t (B,): one draw of the bound (paper I, Eq. 17), or the exact −log p of an autoregressive model, 0 for
         a first token that is the one it begins with. A network
         with classes is told the `labels` (B,), or none."""
         if self.process is None:
             never, start = self.ends
-            bias = self.net.head.bias.index_fill(0, torch.tensor(never, device=x0.device), -torch.inf)
+            bias = self.net.head.bias.index_fill(0, torch.full((), never, device=x0.device), -torch.inf)
             return left_to_right_nll(self.net.hidden, self.net.head.weight, bias, x0, start)
         if not isinstance(t, torch.Tensor) or t.shape != x0.shape[:1] or not ((t >= 0) & (t <= 1)).all():
             raise ValueError(f"t: given {' '.join(repr(t)[:60].split())}; allowed: ({len(x0)},) times from 0 to 1, one for each row of x0")
@@ -237,6 +248,7 @@ class Model(ModelHubMixin):
         counts[:, 0] = self.process is not None or x0[:, 0] != self.ends[1]
         return counts
 
+    @_precisely
     def bound(self, x0, xt, alpha, alpha_dot, labels=None) -> torch.Tensor:
         """(B, L) nats of the bound's integrand for clean x0 and noisy xt, (B, L) each, at α (B, 1) with the derivative α′ (B, 1)."""
         sigma = -alpha[:, 0].clamp(min=1e-3 if self.T else 0).log()  # the last of T steps may begin at α = 0, training ended at 0.001
@@ -308,6 +320,7 @@ class Model(ModelHubMixin):
         first, last = (part.tolist() == [symbol] for part, symbol in zip((tokens[:1], tokens[-1:]), self.frame))
         return self.decode(tokens[first : len(tokens) - last])
 
+    @_precisely
     def sample_tokens(self, n: int = 1, steps: int = 64, sampler=None, top_p: float = 1.0, tail: str = "sample", prompt=None, seed: int | None = None,
                       generator=None, batch_size: int = 64, callback=None, temperature: float = 1.0, stop=None, length: int | None = None,
                       stride: int | None = None, labels=None, guidance: float = 1.0) -> torch.Tensor:
@@ -975,15 +988,15 @@ def _weights(path: Path, expected: dict, read: bool = True) -> dict:
         raise ValueError(f"{path}: damaged or cut short, not whole safetensors ({err})") from None
 
 
-def load_judge(source, device="cpu"):
+def load_judge(source, device="cpu", precision="auto"):
     """What `metrics.generative_perplexity` takes as a judge: the `Model` in a directory that `save` wrote or in a .ckpt, which must be autoregressive, else the causal language model
-    of transformers of this name or directory, such as gpt2-large (`metrics.CausalLM`, loaded once). Raises ValueError in one line where there is none."""
+    of transformers of this name or directory, such as gpt2-large (`metrics.CausalLM`, loaded once); `precision` is one of `dit.PRECISIONS`. Raises ValueError in one line where there is none."""
     config = _at(Path(source), "config.json")
     if not Path(source).is_file() and not (config.is_file() and "method" in _config_of(config)):
-        return judge_of(str(source))
-    model = load(source, device=device)
-    if model.process is not None:
+        model = judge_of(str(source))
+    elif (model := load(source, device=device)).process is not None:
         raise ValueError(f"judge: given {source}, a model of method {model.method}; allowed: an autoregressive one")
+    model.precision = precision
     return model
 
 

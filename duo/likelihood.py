@@ -416,7 +416,7 @@ def linear_nelbo(process, hidden, weight, bias, x0, xt, alpha, alpha_dot, chunk=
 def clean_bias(process, bias):
     "A head's bias (K,) with −∞ at the mask of a Hybrid process, which noise may show but no clean text has; other processes need nothing."
     if process.mask_id is None or process.p_uniform == 0: return bias
-    return bias.index_fill(0, torch.tensor(process.mask_id, device=bias.device), -torch.inf)
+    return bias.index_fill(0, torch.full((), process.mask_id, device=bias.device), -torch.inf)
 
 # %% ../nbs/04_likelihood.ipynb #f4fe7dae
 def ar_nll(logits, x0):

@@ -21,6 +21,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from .dit import precise
 from .schedules import low_discrepancy
 
 # %% ../nbs/12_metrics.ipynb #3f762b3b
@@ -231,7 +232,8 @@ def word_share(texts, vocabulary) -> Estimate:
 class CausalLM:
     """A causal language model of transformers as a judge: `nll(texts)` gives the nats, tokens and characters of each text that it scores.
 
-    model: a name or directory for from_pretrained (float32), or a loaded model together with its `tokenizer`; `context` tokens a chunk.
+    model: a name or directory for from_pretrained (float32), or a loaded model together with its `tokenizer`; `context` tokens a chunk. The attribute `precision` is that of the matrix
+    products, one of `dit.PRECISIONS`.
     Raises ValueError in one line where no such model can be had.
     """
 
@@ -249,6 +251,7 @@ class CausalLM:
         elif tokenizer is None:
             raise ValueError("CausalLM: a model that is already loaded needs its tokenizer as well")
         self.model, self.tokenizer = model.float().eval().to(device or model.device), tokenizer
+        self.precision = "auto"
         self.tokenizer.model_max_length = 10**9  # texts are cut below, so the tokenizer need not warn
         self.context = min(context, getattr(model.config, "max_position_embeddings", None) or context)
 
@@ -256,7 +259,8 @@ class CausalLM:
         """Nats of each token but the first of every chunk, from one padded batch; the model is causal, so padding behind a chunk changes nothing."""
         ids = torch.nn.utils.rnn.pad_sequence(chunks, batch_first=True).to(self.model.device)
         live = torch.nn.utils.rnn.pad_sequence([torch.ones_like(c) for c in chunks], batch_first=True).to(ids)
-        logits = self.model(input_ids=ids, attention_mask=live).logits
+        with precise(self.model.device, self.precision):
+            logits = self.model(input_ids=ids, attention_mask=live).logits
         return [F.cross_entropy(row[: len(c) - 1].float(), i[1 : len(c)], reduction="none").cpu() for row, i, c in zip(logits, ids, chunks)]
 
     def _scored(self, chunk) -> torch.Tensor:
@@ -290,7 +294,8 @@ class CausalLM:
         for batch in (order[a : a + batch_size] for a in range(0, len(order), batch_size)):
             padded = torch.nn.utils.rnn.pad_sequence([ids[i] for i in batch], batch_first=True).to(self.model.device)
             live = torch.nn.utils.rnn.pad_sequence([torch.ones_like(ids[i]) for i in batch], batch_first=True).to(padded)
-            states = self.model(input_ids=padded, attention_mask=live, output_hidden_states=True).hidden_states[-1]
+            with precise(self.model.device, self.precision):
+                states = self.model(input_ids=padded, attention_mask=live, output_hidden_states=True).hidden_states[-1]
             for i, row in zip(batch, states):
                 found[i] = row[len(ids[i]) - 1].float().cpu()
         return torch.stack(found)

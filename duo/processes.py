@@ -24,7 +24,9 @@ def _check(top_p=1.0, **unit):
 
 
 def _f64(x, like):
-    "`x`, a number or a tensor, in float64 beside `like`."
+    "`x`, a number or a tensor, in float64 beside `like`; a number is filled in there, not copied."
+    if isinstance(x, (int, float)):
+        return torch.full((), x, dtype=torch.float64, device=like.device)
     return torch.as_tensor(x, dtype=torch.float64, device=like.device)
 
 # %% ../nbs/02_processes.ipynb #6167b85c

@@ -185,12 +185,23 @@ def _cpu():
 
 
 def machine():
-    """What computes, in a few words: the accelerators that torch sees, else the processor and its cores."""
+    """What computes, in a few words: the accelerators that torch sees, else the processor and its cores.
+    Does not initialise CUDA, which the processes that a training forks could not use any more."""
     torch = sys.modules.get("torch")
-    if torch and torch.cuda.is_available():
-        count = torch.cuda.device_count()
-        return f"{count} x {torch.cuda.get_device_name()}" if count > 1 else torch.cuda.get_device_name()
+    if count := torch.cuda.device_count() if torch else 0:
+        return f"{count} x {_gpu(torch)}" if count > 1 else _gpu(torch)
     return f"{_cpu()}, {_cores()} core{'s' * (_cores() > 1)}"
+
+
+def _gpu(torch):
+    """The name of the first GPU that this process may use."""
+    if torch.cuda.is_initialized():
+        return torch.cuda.get_device_name()
+    visible = [f"--id={ids}" for ids in [os.environ.get("CUDA_VISIBLE_DEVICES")] if ids]
+    with contextlib.suppress(OSError, subprocess.SubprocessError, IndexError):
+        words = ["nvidia-smi", *visible, "--query-gpu=name", "--format=csv,noheader"]
+        return subprocess.run(words, capture_output=True, text=True, timeout=20, check=True).stdout.splitlines()[0].strip()
+    return "GPU"
 
 
 def _cores():

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 
 from .dit import Cache
-from .processes import Absorbing
+from .processes import Absorbing, _f64
 
 # %% ../nbs/11_samplers.ipynb #42aed84d
 class Step(NamedTuple):
@@ -303,7 +303,7 @@ def _corrected(found, steps, sampler):
 # %% ../nbs/11_samplers.ipynb #eaf36b05
 def _evidence(process, xt, alpha):
     """(…): what seeing x_t adds to the log-odds of clean = x_t, log(1 + α/((1−α) π(x_t))), float64; infinite where π(x_t) = 0. `xt` (…)."""
-    alpha = torch.as_tensor(alpha, dtype=torch.float64, device=xt.device)
+    alpha = _f64(alpha, xt)
     return torch.log1p(alpha / ((1 - alpha) * process.prior_at(xt)))
 
 
@@ -331,7 +331,7 @@ def loo_from_posterior(process, log_post, xt, alpha):
 
 def _noisy(process, p, xt, alpha):
     """α p + (1−α) π for p (…, K) float64 and α a float or like xt (…)."""
-    alpha = torch.as_tensor(alpha, dtype=torch.float64, device=xt.device).expand(xt.shape)[..., None]
+    alpha = _f64(alpha, xt).expand(xt.shape)[..., None]
     return alpha * p + (1 - alpha) * process.prior_at(torch.arange(process.vocab_size, device=xt.device))
 
 
@@ -345,7 +345,7 @@ def score_from_loo(process, log_p, xt, alpha):
 def loo_from_score(process, log_score, xt, alpha):
     """log x_θ, (…, K) float64, from log s_j (…, K), whose entry at x_t is ignored: undoes `score_from_loo`. Scores that belong to no
     distribution are cut at 0, and the mask is never a clean token."""
-    alpha = torch.as_tensor(alpha, dtype=torch.float64, device=xt.device).expand(xt.shape)[..., None]
+    alpha = _f64(alpha, xt).expand(xt.shape)[..., None]
     p = log_score.double().scatter(-1, xt[..., None], 0.0).softmax(-1)
     p = p - (1 - alpha) * process.prior_at(torch.arange(process.vocab_size, device=xt.device))
     if process.mask_id is not None:
@@ -483,7 +483,7 @@ TAILS = ("sample", "greedy", "greedy-posterior", "none")
 def greedy_tail(process, logits, xt, alpha_t, posterior=False):
     """(B, L): arg max of x_θ, or with `posterior` of q(x_0 | x_t, x_θ) (paper I, section 3.3). logits (B, L, K), xt (B, L), α_t a float."""
     if process.mask_id is not None:
-        logits = logits.index_fill(-1, torch.tensor(process.mask_id, device=logits.device), -math.inf)
+        logits = logits.index_fill(-1, torch.full((), process.mask_id, device=logits.device), -math.inf)
     best, token = logits.max(-1)
     prior = process.prior_at(xt)
     keep = prior == 0
@@ -557,7 +557,7 @@ class Settled:
         xt = x[where]
         if process.p_uniform > 0:
             logits = posterior_from_loo(process, logits.log_softmax(-1), xt, alpha)
-        p = logits.index_fill(-1, torch.tensor(process.mask_id, device=x.device), -math.inf).softmax(-1) if process.hides_mask else logits.softmax(-1)
+        p = logits.index_fill(-1, torch.full((), process.mask_id, device=x.device), -math.inf).softmax(-1) if process.hides_mask else logits.softmax(-1)
         best, entropy = x.clone(), torch.zeros(x.shape, dtype=p.dtype, device=x.device)
         best[where], entropy[where] = p.argmax(-1), torch.special.entr(p).sum(-1)
         sure = entropy.sum(-1) < self.entropy * where.sum(-1).clamp(min=1)
@@ -622,7 +622,7 @@ def sample(denoiser, process, schedule, shape, steps, sampler=Ancestral(), tail=
     read, memory = _Reader(body, sampler.cache), None
     convert = (lambda l, z, alpha_t: loo_from_score(process, l, z, alpha_t)) if scores and not isinstance(sampler, Analytic) else None
     if not scores and process.mask_id is not None and not process.hides_mask:  # noise of several kinds: the mask is no text
-        convert = lambda l, z, alpha_t: l.index_fill(-1, torch.tensor(process.mask_id, device=l.device), -math.inf)
+        convert = lambda l, z, alpha_t: l.index_fill(-1, torch.full((), process.mask_id, device=l.device), -math.inf)
     psi = x.new_full(shape, math.inf, dtype=torch.float64) if isinstance(sampler.kappa, Conf) else None
     told = prompt is not None and getattr(getattr(denoiser, "config", None), "token_sigma", False)
     for step in walk:
@@ -677,7 +677,7 @@ def _rows(answer, where, head, convert, xt, alpha_t=None):
 def _confidence(process, logits, new):
     """(n,) float64: the probability with which each of the tokens `new` (n,) was written, infinite where a mask stays."""
     psi, ids = torch.full(new.shape, math.inf, dtype=torch.float64, device=new.device), (new != process.mask_id).nonzero()[:, 0]
-    p = logits(ids).double().index_fill(-1, torch.tensor(process.mask_id, device=new.device), -math.inf).softmax(-1)
+    p = logits(ids).double().index_fill(-1, torch.full((), process.mask_id, device=new.device), -math.inf).softmax(-1)
     psi[ids] = p.gather(-1, new[ids, None])[:, 0]
     return psi
 

@@ -322,7 +322,7 @@ def unet_nelbo(net, process, x, sigma, x0, xt, alpha, alpha_dot, labels=None, ch
     def piece(pixels, h, x0, xt, alpha, alpha_dot):
         logits = net.head_logits(pixels, h)
         if process.hides_mask:
-            logits = logits.index_fill(-1, torch.tensor(process.mask_id, device=logits.device), -torch.inf)
+            logits = logits.index_fill(-1, torch.full((), process.mask_id, device=logits.device), -torch.inf)
         return nelbo(process, logits.log_softmax(-1), x0, xt, alpha, alpha_dot)
 
     parts = (*net.body(x, sigma, labels), x0, xt, alpha, alpha_dot)
