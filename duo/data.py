@@ -235,7 +235,7 @@ AUSTEN_ALPHABET = "\n !\"&'()*,-.0123456789:;?ABCDEFGHIJKLMNOPQRSTUVWXYZ[]_abcde
 
 
 def tokenizer(name):
-    """The tokenizer called `name`: "char", "text8", "bpe1024", "bpe2048", a directory, or a name on the Hugging Face hub such as "gpt2" or
+    """The tokenizer called `name`: "char", "text8", "bpe1024", "bpe2048", "bpe4096", a directory, or a name on the Hugging Face hub such as "gpt2" or
     "bert-base-uncased". Raises ValueError where there is no such thing or the hub can't be reached."""
     name = str(name)
     if name == "char":
@@ -249,7 +249,7 @@ def tokenizer(name):
 
 @lru_cache
 def _vendored_bpe(name):
-    files = {f"bpe{p.stem.removeprefix('austen_bpe_')}": p for p in _ASSETS.glob("austen_bpe_*.json")}
+    files = {f"bpe{p.stem.rsplit('_')[-1]}": p for p in _ASSETS.glob("*_bpe_*.json")}
     if name not in files:
         raise ValueError(f"tokenizer {name!r}: the package has {', '.join(sorted(files))}; train_bpe makes other sizes")
     return tokenizer_from_json(files[name].read_text(encoding="utf-8"))
@@ -301,7 +301,7 @@ def _from_hub(name):
         ids = _special(lambda key: getattr(found, key + "_id"))
         out = SubwordTokenizer(Tokenizer.from_str(found.backend_tokenizer.to_str()), name, *ids)
     except Exception as error:
-        raise ValueError(f"tokenizer {name!r}: not one of char, text8, bpe1024, bpe2048, not a directory, and the Hugging Face hub "
+        raise ValueError(f"tokenizer {name!r}: not one of char, text8, bpe1024, bpe2048, bpe4096, not a directory, and the Hugging Face hub "
                          f"did not give it ({type(error).__name__}); offline, pass a directory with its files") from None
     if out.vocab_size <= 1:
         raise ValueError(f"tokenizer {name!r} came out empty; pass a directory with its files")
@@ -347,6 +347,11 @@ def _austen(split):
 
 def _austen_paragraphs(split):
     return [p for book in _austen(split) for p in re.split(r"\n\n+", book.strip("\n"))]
+
+
+def _novels(split):
+    with tarfile.open(_ASSETS / "novels.tar.xz", "r:xz") as archive:
+        return [archive.extractfile(m).read().decode("utf-8") for m in archive if m.name.startswith(f"{split}/")]
 
 # %% ../nbs/08_data.ipynb #25a8dcef
 _SYNTHETIC = {"train": 900, "valid": 50, "test": 50}  # documents of 1,000 letters
@@ -417,7 +422,7 @@ _PARQUET = "refs/convert/parquet"
 
 class DataSet(NamedTuple):
     """A row of `DATASETS`. `splits`: ours → the hub's, in its slicing syntax; `files`: pattern of the files of a split, with {split}; `separator`: "eos" between
-    documents or "" for nothing; `frame`: blocks begin and end with the tokenizer's own symbols; `crops`: training rows begin anywhere; `read`: a function of the split instead of the hub."""
+    documents or "" for nothing; `frame`: blocks begin and end with the tokenizer's own symbols; `crops`: training rows begin anywhere; `read`: a function of the split instead of the hub; `store`: its tokens are kept in a store."""
     hub: str = ""
     config: str | None = None
     splits: dict = dict(train="train", valid="validation", test="test")
@@ -430,6 +435,7 @@ class DataSet(NamedTuple):
     files: str | None = None
     revision: str | None = None
     read: Callable | None = None
+    store: bool = True
 
 
 def _text8(split):
@@ -445,14 +451,15 @@ def _text8(split):
     return [text[i:min(i + 100_000, high)] for i in range(low, high, 100_000)]
 
 
-_OURS = DataSet(separator="", frame=False, splits=dict(train="", valid="", test=""))
+_OURS = DataSet(separator="", frame=False, splits=dict(train="", valid="", test=""), store=False)
 _TEST = dict(train="train", valid="test", test="test")
 _LM1B_ROW = DataSet("dvruette/lm1b", splits=_TEST, detokenizer="lm1b")
 _PAPERS = DataSet("armanc/scientific_papers", column="article", detokenizer="wikitext+lm1b", revision=_PARQUET)
-_TEXT8 = _OURS._replace(hub="http://mattmahoney.net/dc/text8.zip", read=_text8)
+_TEXT8 = _OURS._replace(hub="http://mattmahoney.net/dc/text8.zip", read=_text8, store=True)
 DATASETS = {
     "austen": _OURS._replace(read=_austen),
     "austen_paragraphs": _OURS._replace(read=_austen_paragraphs),
+    "novels": _OURS._replace(separator="eos", revision="1", read=_novels, store=True),  # another archive: another revision
     "synthetic": _OURS._replace(read=_synthetic),
     "openwebtext": DataSet("Skylion007/openwebtext", "plain_text", dict(train="train[:-100000]", valid="train[-100000:]")),
     "fineweb-edu": DataSet("HuggingFaceFW/fineweb-edu", "sample-10BT", dict(train="train[100000:]", valid="train[:100000]")),
@@ -1106,7 +1113,7 @@ def load_blocks(data, split, tokenizer, length, layout=None, separator=None, wor
     try:
         if (lines := _conditional(data, split)) is not None:
             return conditional(lines, tokenizer, length)
-        if row.read and not row.hub:
+        if not row.store:
             texts = documents(data, split)
             return pad(texts, tokenizer, length, frame) if padded else pack(texts, tokenizer, length, between, frame)
         folder = prepare(data, split, tokenizer, between, workers, progress)

@@ -498,8 +498,8 @@ def check_data(params):
             tokenizer(name)
         except ValueError as error:
             problems.append(f"tokenizer: given {name}; {error}")
-    elif name is not None and (not _fetchable(name) or difflib.get_close_matches(name, ["char", "text8", "bpe1024", "bpe2048"], 1, 0.7)):
-        problems.append(_among("tokenizer", name, ["char", "text8", "bpe1024", "bpe2048"], ", a folder or a name on the Hugging Face hub"))
+    elif name is not None and (not _fetchable(name) or difflib.get_close_matches(name, ["char", "text8", "bpe1024", "bpe2048", "bpe4096"], 1, 0.7)):
+        problems.append(_among("tokenizer", name, ["char", "text8", "bpe1024", "bpe2048", "bpe4096"], ", a folder or a name on the Hugging Face hub"))
     return problems
 
 

@@ -227,3 +227,16 @@ def test_bert(at):
     ids = tok.encode(texts[0])[:30]
     assert padded[0].tolist() == [101, *ids, 102, *[0] * (30 - len(ids))] and padded.mask[0].sum() == len(ids) + 2
     assert (packed[:][:, 0] == 101).all() and (packed[:][:, -1] == 102).all() and (packed[:][:, 1:-1] == 102).sum() > 100
+
+
+def test_novels_are_tokenised_once(at, monkeypatch):
+    """English prose from the package goes into a store, where the second reading finds it; whole works are held out."""
+    tok, titles = tokenizer("bpe4096"), {"valid": "Sir Walter Elliot, of Kellynch Hall", "test": "Catherine Morland"}
+    assert tok.vocab_size == 4096 and "".join(map(tok.decode, tok.encode_batch(["Emma — £5\n"]))) == "Emma — £5\n"
+    texts = {split: documents("novels", split) for split in ("train", "valid", "test")}
+    for split, title in titles.items():
+        assert {s for s in texts if any(title in text for text in texts[s])} == {split}
+    blocks = load_blocks("novels", "valid", tok, 256)
+    monkeypatch.setitem(DATASETS, "novels", DATASETS["novels"]._replace(read=None))
+    again = load_blocks("novels", "valid", "bpe4096", 256)
+    assert (again[:] == blocks[:]).all() and tok.decode(blocks[:3].flatten()) == texts["valid"][0][:len(tok.decode(blocks[:3].flatten()))]
