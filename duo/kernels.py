@@ -331,12 +331,12 @@ def _score_row(table, bias, x0, xt, log_r_x, log_r_m, log_rest, shift, weight, l
                 tl.store(table + z, (w * 0).to(tl.float32).to(kind))
             tl.store(factor + row, w.to(tl.float32))
 
-# %% ../nbs/04_kernels.ipynb #2595f124
+# %% ../nbs/04_kernels.ipynb #951f2d7a
 #| eval: false
 @jit
 def _uniform(seed, n):
     "The n-th uniform number in [0, 1) of a row's seed: 53 bits of a splitmix64 hash."
-    h = (seed + (n + 1) * 0x1E3779B97F4A7C15).to(tl.uint64)
+    h = (seed + (seed * 0 + n + 1) * 0x1E3779B97F4A7C15).to(tl.uint64)
     h = (h ^ (h >> 30)) * 0xBF58476D1CE4E5B9
     h = (h ^ (h >> 27)) * 0x94D049BB133111EB
     h = h ^ (h >> 31)
@@ -492,7 +492,7 @@ if triton is not None:
     def _(table, bias, xt, prior, alpha, seed, skip, top_p):
         return torch.empty_like(xt)
 
-# %% ../nbs/04_kernels.ipynb #3ab458b5
+# %% ../nbs/04_kernels.ipynb #0aea7f89
 #| eval: false
 class Rows:
     "An operator with its arguments: tensors with a number for each row, and constants."
@@ -514,5 +514,5 @@ class KLRows:
         self.hidden, self.weight, self.bias, self.forward = hidden, weight, bias, forward
 
     def __call__(self, table, bias, i, grad):
-        other = (self.hidden[i].to(table.dtype) @ self.weight.to(table.dtype).t()).contiguous()
+        other = self.hidden[i] @ self.weight.t()
         return OPS["kl"](table, bias, other, self.bias, self.forward, grad)
