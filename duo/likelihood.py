@@ -53,6 +53,7 @@ def _top(table):
 
 def _per_token(value, x0):
     "A float or a tensor that broadcasts to x0, as (N,) float64 without gradient."
+    if isinstance(value, (int, float)): return torch.full(x0.shape, value, dtype=torch.float64, device=x0.device).reshape(-1)  # nothing to copy to a device
     return torch.as_tensor(value, dtype=torch.float64, device=x0.device).detach().expand(x0.shape).reshape(-1)
 
 
@@ -64,14 +65,18 @@ def _space(rows, table, *dtypes):
     return [w[:len(table)] for w in kept]
 
 
+def _levels_of_prior(process):
+    "π of a symbol, π of the mask, and the mask; the last two None where there is none."
+    K, m = process.vocab_size, process.mask_id
+    return (1 / K, None, None) if m is None else (process.p_uniform / (K - 1), max(1 - process.p_uniform, 1e-30), m)
+
+
 class _ScoreRows:
     "Eq. (2) and its gradient for blocks of rows, (n, K) log-probabilities or logits; all the mathematics of a prior without zeros."
 
     def __init__(self, process, x0, xt, alpha, alpha_dot, logits):
-        K, m = process.vocab_size, process.mask_id
-        self.K, self.logits, self.masked = K, logits, m is not None
-        self.pi = 1 / K if m is None else process.p_uniform / (K - 1)
-        self.pi_m = None if m is None else max(1 - process.p_uniform, 1e-30)
+        self.K, self.logits, (self.pi, self.pi_m, m) = process.vocab_size, logits, _levels_of_prior(process)
+        self.masked = m is not None
         self.odds, self.rate = alpha.clamp(min=1e-30) / (1 - alpha).clamp(min=1e-30), -alpha_dot / alpha.clamp(min=1e-30)
         self.same = x0 == xt
         self.slot = torch.stack([x0, xt] if m is None else [x0, xt, torch.full_like(x0, m)], 1)       # the columns taken out of the sums
@@ -304,6 +309,22 @@ def _add_product(out, left, right):
     else: out += left.t() @ right
 
 
+def _fill_rows(rows, logits, bias, a, loss, factor, grad):
+    "Loss and factor of the rows from `a` on by one kernel, which with `grad` writes their gradient over the logits."
+    at = slice(a, a + len(logits))
+    loss[at], factor[at] = rows(logits, bias, at, grad)
+
+
+def _fill_blocks(rows, logits, bias, a, loss, factor, grad):
+    "The same in blocks that fit into a CPU's cache."
+    for i in _blocks(len(logits), logits):
+        at, table = slice(a + i.start, a + i.stop), logits[i].to(loss.dtype)
+        if bias is not None: table += bias
+        value, g, f = rows(table, at, grad)
+        loss[at] = value.to(loss.dtype)
+        if grad: logits[i], factor[at] = g.to(logits.dtype), f.to(loss.dtype)
+
+
 def _head_pass(settings, hidden, weight, bias, weights, need):
     "Loss (n,), and for those needed: d loss_i / d hidden_i, and d Σ weights_i loss_i / d weight, / d bias. Logits exist for one chunk."
     rows, chunk, dtype = settings
@@ -313,17 +334,13 @@ def _head_pass(settings, hidden, weight, bias, weights, need):
     g_w = torch.zeros_like(weight, dtype=wide) if need[1] else None
     g_b = torch.zeros_like(bias, dtype=wide) if need[2] else None
     buffer = hidden.new_empty(min(chunk, n), weight.shape[0], dtype=dtype)
+    fill = _fill_rows if getattr(rows, "whole", False) else _fill_blocks
     for a in range(0, n, chunk):
         h = hidden[a:a + chunk].to(dtype)
         logits = torch.mm(h, w.t(), out=buffer[:len(h)])
-        for i in _blocks(len(h), logits):
-            at, table = slice(a + i.start, a + i.stop), logits[i].to(wide)
-            if bias is not None: table += bias
-            value, g, f = rows(table, at, any(need))
-            loss[at] = value.to(wide)
-            if any(need): logits[i], factor[at] = g.to(dtype), f.to(wide)
+        fill(rows, logits, bias, a, loss, factor, any(need))
         f = factor[a:a + chunk]
-        if need[0]: g_h[a:a + chunk] = sum(logits[:, i:i + 4096] @ w[i:i + 4096] for i in range(0, len(w), 4096)) * f[:, None]  # some BLAS round in long sums
+        if need[0]: torch.mul(logits @ w, f[:, None], out=g_h[a:a + chunk])
         if any(need[1:]): f = f * weights[a:a + chunk]
         if need[1]: _add_product(g_w, logits, (h * f[:, None]).to(dtype))
         if need[2]: g_b += torch.mv(logits.t(), f.to(dtype))
@@ -334,9 +351,9 @@ class _Head(torch.autograd.Function):
     "Loss (n,) of `rows` on the logits hidden @ weightᵀ + bias; gradients are computed on the way forward."
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, weights, settings):
+    def forward(ctx, hidden, weight, bias, weights, settings, promised):
         ctx.save_for_backward(hidden, weight, bias, weights)
-        ctx.settings = settings
+        ctx.settings, ctx.promised = settings, promised
         loss, *ctx.ready = _head_pass(settings, hidden, weight, bias, weights, ctx.needs_input_grad[:3])
         return loss
 
@@ -347,14 +364,14 @@ class _Head(torch.autograd.Function):
         *tensors, weights = ctx.saved_tensors
         need, ready, ctx.ready = ctx.needs_input_grad[:3], ctx.ready, None
         ratio = (upstream * weights).sum() / (weights * weights).sum().clamp(min=torch.finfo(weights.dtype).tiny)
-        if any(need[1:]) and len(weights):
+        if any(need[1:]) and len(weights) and not ctx.promised:
             off = (upstream - ratio * weights).abs().max()
             if not off <= 16 * torch.finfo(off.dtype).eps * upstream.abs().max(): ready = None
         if ready is None:                                              # another weighting, or a second backward pass
             _, *ready = _head_pass(ctx.settings, *tensors, upstream, need)
             ratio = 1.0
         scaled = zip(ready, (upstream[:, None], ratio, ratio), tensors)
-        return *(None if g is None else g.mul_(k).to(like.dtype) for g, k, like in scaled), None, None
+        return *(None if g is None else g.mul_(k).to(like.dtype) for g, k, like in scaled), None, None, None
 
 # %% ../nbs/04_likelihood.ipynb #c8e623d9
 def _uncompiled(function):
@@ -366,18 +383,18 @@ def _uncompiled(function):
     return call
 
 
-def _fused(rows, hidden, weight, bias, weights, chunk):
+def _fused(rows, hidden, weight, bias, weights, chunk, promised=False):
     "Loss (n,) of `rows` on the logits hidden @ weightᵀ + bias, (n, K), which never exist as a whole."
     if hidden.shape[-1] != weight.shape[1]:
         raise ValueError(f"weight has shape {tuple(weight.shape)}, but the hidden states ask for (K, {hidden.shape[-1]})")
     kind, dtype, wide = hidden.device.type, hidden.dtype, _wide(hidden.dtype)
     if torch.is_autocast_enabled(kind) and dtype != torch.float64: dtype = torch.get_autocast_dtype(kind)
     if dtype == torch.float16: dtype = torch.float32
-    chunk = chunk or max(16, 2**26 // (dtype.itemsize * len(weight)))
+    chunk = chunk or max(16, 2**(26 if kind == "cpu" else 30) // (dtype.itemsize * len(weight)) // 16 * 16)
     weights = torch.ones_like(hidden[:, 0], dtype=wide) if weights is None else weights.detach().to(wide)
     with torch.autocast(kind, enabled=False):
         if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, weight, bias)):
-            return _Head.apply(hidden, weight, bias, weights, (rows, chunk, dtype))
+            return _Head.apply(hidden, weight, bias, weights, (rows, chunk, dtype), promised)
         return _head_pass((rows, chunk, dtype), hidden, weight, bias, weights, (False,) * 3)[0]
 
 
@@ -393,24 +410,47 @@ def _flat(weights, x0):
 
 
 @_uncompiled
-def linear_nelbo(process, hidden, weight, bias, x0, xt, alpha, alpha_dot, chunk=None, weights=None):
+def linear_nelbo(process, hidden, weight, bias, x0, xt, alpha, alpha_dot, chunk=None, weights=None, promised=False):
     """`nelbo` of log_softmax(hidden @ weightᵀ + bias), (B, L) in nats, without ever holding the logits (paper I Eq. 17).
 
     hidden (B, L, D), weight (K, D), bias (K,) or None get gradients; alpha, alpha_dot as in `nelbo`. Under Absorbing the mask's logit
-    counts as −inf. `chunk` tokens have logits at a time (default: 64 MiB of them). `weights`, broadcast to (B, L): a hint that the result
-    will be summed with these weights times any constant (default: equal ones); any other use costs a second pass. One derivative only.
-    Raises ValueError on shapes.
+    counts as −inf. `chunk` tokens have logits at a time (default: 64 MiB of them, on an accelerator 1 GiB). `weights`, broadcast to (B, L): a hint
+    that the result will be summed with these weights times any constant (default: equal ones); any other use costs a second pass. With
+    `promised` that is not checked, since to look would stop an accelerator. One derivative only. Raises ValueError on shapes.
     """
     _check_head(process, hidden, weight, x0, xt)
     a, a_dot, x, z, w = _per_token(alpha, x0), _per_token(alpha_dot, x0), x0.reshape(-1), xt.reshape(-1), _flat(weights, x0)
     flat = hidden.reshape(-1, hidden.shape[-1])
     if process.p_uniform > 0:
-        rows = _CompiledRows if flat.is_cuda and flat.dtype != torch.float64 else _ScoreRows
-        return _fused(rows(process, x, z, a, a_dot, logits=True), flat, weight, bias, w, chunk).reshape(x0.shape)
+        return _fused(_score_rows(process, x, z, a, a_dot, flat), flat, weight, bias, w, chunk, promised).reshape(x0.shape)
+    if _kernels(flat):  # all tokens, those without a mask at no weight: to count the masks would stop the accelerator
+        scale = torch.where(z == process.mask_id, -a_dot / (1 - a).clamp(min=1e-30), 0)
+        return _fused(_entropy(x, scale, flat, process.mask_id if process.hides_mask else None), flat, weight, bias, w, chunk, promised).reshape(x0.shape)
     masked = (z == process.mask_id).nonzero().squeeze(1)
     rows = _entropy_rows(x[masked], (-a_dot / (1 - a).clamp(min=1e-30))[masked], process.mask_id if process.hides_mask else None)
     loss = _fused(rows, flat.index_select(0, masked), weight, bias, None if w is None else w[masked], chunk)
     return loss.new_zeros(len(x)).index_copy(0, masked, loss).reshape(x0.shape)
+
+
+def _kernels(like):
+    "The kernels, where there is Triton and they take tables like this one: not in float64, not on a CPU. Else None."
+    if like.device.type == "cpu" or like.dtype == torch.float64: return None
+    from duo import kernels
+    return kernels if kernels.triton else None
+
+
+def _score_rows(process, x0, xt, alpha, alpha_dot, like):
+    "The rows of Eq. (2) for logits on the device of `like`: a kernel, compiled where there is no Triton, plain on a CPU and in float64."
+    if (kernels := _kernels(like)):
+        pi, pi_m, mask = _levels_of_prior(process)
+        return kernels.Rows("bound", (x0, xt, alpha, alpha_dot), pi, pi_m or 0.0, -1 if mask is None else mask)
+    return (_ScoreRows if like.device.type == "cpu" or like.dtype == torch.float64 else _CompiledRows)(process, x0, xt, alpha, alpha_dot, logits=True)
+
+
+def _entropy(target, scale, like, skip=None):
+    "The rows of a cross entropy for logits on the device of `like`."
+    kernels = _kernels(like)
+    return kernels.Rows("entropy", (target, scale), -1 if skip is None else skip) if kernels else _entropy_rows(target, scale, skip)
 
 
 def clean_bias(process, bias):
@@ -426,10 +466,10 @@ def ar_nll(logits, x0):
 
 
 @_uncompiled
-def linear_ar_nll(hidden, weight, bias, x0, chunk=None, weights=None):
+def linear_ar_nll(hidden, weight, bias, x0, chunk=None, weights=None, promised=False):
     "`ar_nll` of hidden @ weightᵀ + bias from hidden states (B, L, D), (B, L) in nats; the other arguments as in `linear_nelbo`."
-    rows = _entropy_rows(x0.reshape(-1), _per_token(1.0, x0))
-    return _fused(rows, hidden.reshape(-1, hidden.shape[-1]), weight, bias, _flat(weights, x0), chunk).reshape(x0.shape)
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    return _fused(_entropy(x0.reshape(-1), _per_token(1.0, x0), flat), flat, weight, bias, _flat(weights, x0), chunk, promised).reshape(x0.shape)
 
 # %% ../nbs/04_likelihood.ipynb #5e0a71c2
 def left_to_right_nll(hidden, weight, bias, x0, start, weights=None):
@@ -483,7 +523,7 @@ class _KLRows:
 
 
 @_uncompiled
-def linear_kl(hidden, weight, bias, hidden_q, weight_q, bias_q, divergence="reverse", chunk=None, weights=None):
+def linear_kl(hidden, weight, bias, hidden_q, weight_q, bias_q, divergence="reverse", chunk=None, weights=None, promised=False):
     """KL(p ‖ q), (B, L) in nats, of p = softmax(hidden @ weightᵀ + bias) and q of the second head, whose three tensors get no gradient.
 
     Each hidden (B, L, D), weight (K, D), bias (K,) or None; the two D may differ. divergence "forward" is KL(q ‖ p). `chunk` and `weights`
@@ -491,9 +531,11 @@ def linear_kl(hidden, weight, bias, hidden_q, weight_q, bias_q, divergence="reve
     """
     if divergence not in ("reverse", "forward"): raise ValueError(f"divergence must be reverse or forward, got {divergence!r}")
     flat, other = hidden.reshape(-1, hidden.shape[-1]), hidden_q.detach().reshape(-1, hidden_q.shape[-1])
-    size, bias_q = chunk or max(16, 2**24 // len(weight)), None if bias_q is None else bias_q.detach()
-    rows = _KLRows(other, weight_q.detach().to(other.dtype), bias_q, divergence == "forward", size)
-    return _fused(rows, flat, weight, bias, _flat(weights, hidden[..., 0]), chunk).reshape(hidden.shape[:-1])
+    size, bias_q, weight_q = chunk or max(16, 2**24 // len(weight)), None if bias_q is None else bias_q.detach(), weight_q.detach().to(other.dtype)
+    kernels = _kernels(flat)
+    if kernels: chunk = chunk or max(16, 2**30 // (6 * len(weight)) // 16 * 16)  # two tables, in bfloat16 and in float32
+    rows = kernels.KLRows(other, weight_q, bias_q, divergence == "forward") if kernels else _KLRows(other, weight_q, bias_q, divergence == "forward", size)
+    return _fused(rows, flat, weight, bias, _flat(weights, hidden[..., 0]), chunk, promised).reshape(hidden.shape[:-1])
 
 # %% ../nbs/04_likelihood.ipynb #5760976a
 def score_scale(process, alpha):
@@ -516,6 +558,12 @@ class _ScoreEntropyRows:
         self.slot, self.log_r = torch.stack(slots, 1), torch.stack(log_r, 1)                          # the columns with their own r
         self.log_rest = math.log(process.p_uniform / (K - (m is not None))) - log_q if self.smooth else torch.zeros_like(log_q)
         self.factor = -alpha_dot / alpha.clamp(min=1e-30) * process.prior_at(xt) * self.log_rest.exp()
+        self.x0, self.mask = x0, m if self.smooth and m is not None else -1
+
+    def kernel(self, kernels):
+        "The same as one kernel, for an accelerator."
+        columns = [self.log_r[:, k].contiguous() for k in (0, -1)]
+        return kernels.Rows("score", (self.x0, self.z.squeeze(1), *columns, self.log_rest, self.scale, self.factor), self.mask, self.smooth)
 
     def __call__(self, table, i, grad):
         "As `_ScoreRows.__call__`."
@@ -546,13 +594,17 @@ def score_nelbo(process, log_score, x0, xt, alpha, alpha_dot):
 
 
 @_uncompiled
-def linear_score_nelbo(process, hidden, weight, bias, x0, xt, alpha, alpha_dot, chunk=None, weights=None):
+def linear_score_nelbo(process, hidden, weight, bias, x0, xt, alpha, alpha_dot, chunk=None, weights=None, promised=False):
     """`score_nelbo` of log s = hidden @ weightᵀ + bias − `score_scale`, (B, L) in nats, from hidden states; arguments as in `linear_nelbo`."""
     _check_head(process, hidden, weight, x0, xt)
     a, a_dot, x, z, w = _per_token(alpha, x0), _per_token(alpha_dot, x0), x0.reshape(-1), xt.reshape(-1), _flat(weights, x0)
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    if (kernels := _kernels(flat)):
+        rows = _ScoreEntropyRows(process, x, z, a, a_dot, score_scale(process, a))
+        return _fused(rows.kernel(kernels), flat, weight, bias, w, chunk, promised).reshape(x0.shape)
     i = _counted(process, z)
     rows = _ScoreEntropyRows(process, x[i], z[i], a[i], a_dot[i], score_scale(process, a[i]))
-    loss = _fused(rows, hidden.reshape(-1, hidden.shape[-1]).index_select(0, i), weight, bias, None if w is None else w[i], chunk)
+    loss = _fused(rows, flat.index_select(0, i), weight, bias, None if w is None else w[i], chunk)
     return loss.new_zeros(len(x)).index_copy(0, i, loss).reshape(x0.shape)
 
 

@@ -248,6 +248,30 @@ def _read(logits, ids, K, hidden):
             yield at, torch.softmax(row, -1, dtype=dtype, out=p[:len(i)])
 
 
+def _by_blocks(logits, asked, K, hidden, z, pi_z, t, top_p, generator):
+    "x_0 ~ q(x_0 | x_t, x_θ) of the rows `asked`, in blocks that fit into a CPU's cache: yields (ids, tokens), −1 for \"still x_t\"."
+    for i, w in _read(logits, asked, K, hidden):
+        goal = top_p * w.sum(-1, dtype=torch.float64) if top_p < 1 else None
+        still, token = _draw_clean(w, _chunk_sums(w), z[i], pi_z[i], t[i], goal, generator)
+        yield i, token.masked_fill(still, -1)
+
+
+def _kernels(like):
+    "The kernels of an accelerator, None on a CPU and where there is no Triton."
+    if like.device.type == "cpu": return None
+    from duo import kernels
+    return kernels if kernels.triton else None
+
+
+def _by_kernel(logits, asked, K, hidden, z, pi_z, t, top_p, generator):
+    "The same by one kernel for as many rows as have 1 GiB of float32 logits."
+    for i in asked.split(max(16, 2**28 // K)):
+        table = logits(i) if callable(logits) else logits.index_select(0, i)
+        if table.shape != (len(i), K): raise ValueError(f"logits must give {(len(i), K)} for {len(i)} positions, got {tuple(table.shape)}")
+        seed = torch.randint(2**63 - 1, i.shape, generator=generator, device=i.device)
+        yield i, _kernels(z).draw(table, None, z[i], pi_z[i], t[i], seed, -1 if hidden is None else hidden, float(top_p))
+
+
 @_method
 @torch.no_grad()
 def draw(self, logits, xt, alpha_s, alpha_t, kappa=1.0, top_p=1.0, generator=None):
@@ -273,8 +297,7 @@ def draw(self, logits, xt, alpha_s, alpha_t, kappa=1.0, top_p=1.0, generator=Non
     u = torch.rand(z.shape, dtype=torch.float64, generator=generator, device=z.device)
     out = torch.where(u < low, z, self.sample_prior(z.shape, generator, z.device))
     asked = ((u >= low) & (u < high)).nonzero()[:, 0]
-    for i, w in _read(logits, asked, self.vocab_size, self.mask_id if self.hides_mask else None):
-        goal = top_p * w.sum(-1, dtype=torch.float64) if top_p < 1 else None
-        still, token = _draw_clean(w, _chunk_sums(w), z[i], pi_z[i], t[i], goal, generator)
-        out[i] = torch.where(still, z[i], torch.where(u[i] < model_end[i], token, out[i]))
+    draw_clean = _by_kernel if _kernels(z) else _by_blocks
+    for i, token in draw_clean(logits, asked, self.vocab_size, self.mask_id if self.hides_mask else None, z, pi_z, t, top_p, generator):
+        out[i] = torch.where(token < 0, z[i], torch.where(u[i] < model_end[i], token, out[i]))
     return out.view(xt.shape)
