@@ -391,18 +391,25 @@ def _synthetic(split):
     return [text[i:i + 1000] for i in range(0, len(text), 1000)]
 
 # %% ../nbs/08_data.ipynb #b1d4d490
-_JOIN = [  # common to all corpora that were tokenised in the manner of Penn
-    (r" n't\b", "n't"), (r" '(?=\w)", "'"), (r"s '(?= |$)(?![^']* ')", "s'"),  # contractions, plural possessives outside of quotes
-    (r'" ([^"]*?) "', r'"\1"'), (r"(?<!\S)' ([^']*?) '(?!\S)", r"'\1'"), (r"\( ([^()]*?) \)", r"(\1)"), (r"\[ ([^\[\]]*?) \]", r"[\1]"),
-    (r" ([.,;:?!])(?![^\s\"')\]])", r"\1"), (r"([$£€]) (?=\d)", r"\1")]
-_WIKITEXT = [(r" @([-,.])@ ", r"\1"), (r"(?<==) (?==)", ""), (r" ?° ?", "°"), (r" ?\n ?", "\n"), *_JOIN]
-_LM1B = [(r"\b(https?) : / / ", r"\1://"), (r"(?<=\d) : (?=\d)", ":"), (r" / ", "/"), *_JOIN]
-DETOKENIZERS = {
+def _loose(marks):
+    """A mark between two spaces joins what is before it."""
+    return [(f" {re.escape(mark)} ", f"{mark} ") for mark in marks]
+
+
+_WIKITEXT = [
+    ("s '", "s'"), *[(f" @{re.escape(mark)}@ ", mark) for mark in "-,."], *_loose(":;.!?,"),
+    (r"\(\s*([^)]*?)\s*\)", r"(\1)"), (r"\[\s*([^]]*?)\s*\]", r"[\1]"), (r"{\s*([^}]*?)\s*}", r"{\1}"), (r'"\s*([^"]*?)\s*"', r'"\1"'), (r"'\s*([^']*?)\s*'", r"'\1'"),
+    ("(?<==) (?==)", ""), (" ° ", "°"), (" \n", "\n"), ("\n ", "\n"), (" N ", " 1 "), (" 's", "'s")]
+_LM1B = [
+    ("(https?) : / / ", r"\1://"), (r" '(?=\w)", "'"), (r"( \w+) \. ", r"\1. "), (r"( \w+) \.$", r"\1."),
+    *_loose("?"), (r" \?$", "?"), *_loose("!"), (" !$", "!"), *_loose(",:;"), (" / ", "/"),
+    (r'" ([^"]+) "', r'"\1"'), (r"' ([^']+) '", r"'\1'"), (r"\( ([^()]+) \)", r"(\1)"), (r"\[ ([^][]+) \]", r"[\1]"), ("([$£]) ", r"\1")]
+DETOKENIZERS = {  # what the published ones do, in their order, on which a few results depend
     "wikitext": _WIKITEXT,
     "lm1b": _LM1B,
     "wikitext+lm1b": [*_WIKITEXT, *_LM1B],
-    "ptb": [(r"\bN\b", "1"), (r"([$#]) (?=1)", r"\1"), (r" ('s|s '|n't)(?!\S)", r"\1"), (r" ?\n ?", "\n"), *_JOIN],
-    "lambada": [("[“”]|``|''", '"'), (r"\A\s*", "\n"), (r"\s+\Z", "")],
+    "ptb": [(" 's", "'s"), ("s ' ", "s' "), (" n't", "n't"), (" \n ", "\n"), (r"\\/", "/"), (" N(?= )", " 1"), ("([$#]) 1", r"\g<1>1"), ("<unk>", "?")],
+    "lambada": [("[“”]", '"'), (r"\A\s*", "\n"), (r"(?<=\S)\s+\Z", "")],
 }
 
 
