@@ -43,11 +43,11 @@ def posterior_kl(process, here, there, heads, xt, alpha_s, alpha_t, divergence="
     return torch.cat([checkpoint(rows, *part, use_reentrant=False) for part in zip(*parts)]).view(xt.shape)
 
 # %% ../nbs/10_distillation.ipynb #695605f8
-def dcd_loss(student, teacher, path, divergence="reverse", process=None):
+def dcd_loss(student, teacher, path, divergence="reverse", process=None, promised=False):
     """Discrete Consistency Distillation (paper I, Alg. 1), (B, L) nats, non-negative: the student at z_t against the teacher at z_s, for
     `path` = (z_s, σ_s, z_t, σ_t) of `path_pair`. `student` and `teacher`, networks with `hidden` and `head` or any functions, map
     (tokens, σ) to logits; the teacher's get no gradient. divergence "reverse" is KL(student ‖ teacher), "forward" the other way round. With a `process` it is that of the
-    steps from t to s, `posterior_kl`. Raises ValueError for any other divergence."""
+    steps from t to s, `posterior_kl`. `promised` as in `linear_nelbo`. Raises ValueError for any other divergence."""
     if divergence not in ("reverse", "forward"):
         raise ValueError(f"divergence must be reverse or forward, got {divergence!r}")
     z_s, sigma_s, z_t, sigma_t = path
@@ -60,7 +60,7 @@ def dcd_loss(student, teacher, path, divergence="reverse", process=None):
         return posterior_kl(process, here, there, heads, z_t, *((-sigma.double()).exp() for sigma in (sigma_s, sigma_t)), divergence)
     if fused:
         here = student.hidden(z_t, sigma_t)
-        return linear_kl(here, student.head.weight, student.head.bias, there, teacher.head.weight, teacher.head.bias, divergence)
+        return linear_kl(here, student.head.weight, student.head.bias, there, teacher.head.weight, teacher.head.bias, divergence, promised=promised)
     log_p = student(z_t, sigma_t).float().log_softmax(-1)
     return kl(log_p, there) if divergence == "reverse" else kl(there, log_p)
 
@@ -151,7 +151,7 @@ class Distillation(Training):
             dropped = torch.rand(n, generator=generator, device=x0.device)[rows] < net.config.label_dropout
             told = torch.where(dropped, net.config.num_classes, labels)
             student, teacher = (lambda x, sigma, net=net: net(x, sigma, told) for net in (net, self.teacher))
-        nats = dcd_loss(student, teacher, (z_s, sigma_s, z_t, sigma_t), self.divergence, self.process if self.match == "posterior" else None)
+        nats = dcd_loss(student, teacher, (z_s, sigma_s, z_t, sigma_t), self.divergence, self.process if self.match == "posterior" else None, weights is None)
         return nats if weights is None else nats * weights
 
     def _through_time(self, net, x0, t, delta, rows, generator, fixed):

@@ -92,11 +92,12 @@ def whole(x0, first, n):
 
 
 def bound(net, process, schedule, x0, generator=None, curriculum=None, first=0, batch_size=None, labels=None, fixed=None, weights=None, loss=linear_nelbo,
-          low_variance=False, times=low_discrepancy):
+          low_variance=False, times=low_discrepancy, promised=False):
     """Monte-Carlo NELBO in nats, (b, L), of clean tokens x0 (b, L): rows `first` to `first + b` of a global batch of `batch_size`, whose
     `times` (of `schedules`) and noise do not depend on how it is divided. One network call. A U-Net is told the `labels` (b,), if any. Tokens
     that are `fixed` (b, L) stay clean, and what stands there in the result means nothing; `weights` (b, L): the result is times these. `loss` is `linear_nelbo`, or `linear_score_nelbo` for a
-    network of scores; with `low_variance` −α'/(1 − α) counts as one, which under Absorbing leaves the plain cross entropy of the masks (no bound)."""
+    network of scores; with `low_variance` −α'/(1 − α) counts as one, which under Absorbing leaves the plain cross entropy of the masks (no bound).
+    With `promised` the mean of the result is what will be differentiated, and that is not checked."""
     n, rows = batch_size or len(x0), slice(first, first + len(x0))
     t = times(n, generator=generator, device=x0.device)[scattered(n, x0.device)]
     if curriculum is not None and curriculum.top_k is None:
@@ -113,7 +114,7 @@ def bound(net, process, schedule, x0, generator=None, curriculum=None, first=0, 
     if isinstance(net, UNet):
         return unet_nelbo(net, process, x, sigma, x0, xt, alpha, alpha_dot, labels)
     hidden = net.hidden(x, sigma)
-    nats = loss(process, hidden, net.head.weight, clean_bias(process, net.head.bias), x0, xt, alpha, alpha_dot, weights=weights)
+    nats = loss(process, hidden, net.head.weight, clean_bias(process, net.head.bias), x0, xt, alpha, alpha_dot, weights=weights, promised=promised)
     return nats if weights is None else nats * weights
 
 
@@ -128,14 +129,14 @@ def given(x, x0, fixed):
     return torch.where(fixed[..., None], torch.nn.functional.one_hot(x0, x.shape[-1]).to(x), x)
 
 
-def ar_loss(net, x0, bos, weights=None, start=None):
+def ar_loss(net, x0, bos, weights=None, start=None, promised=False):
     """−log p(x^i | x^{<i}) in nats, (B, L), of a causal net whose first input is the token `start` (None: `bos`, the last of the vocabulary,
     which is never predicted); exact, not a bound. Times `weights` (B, L) of mean 1, if given. The first token of a row that begins with `start` itself
     costs 0, and the others so much more that the mean over the row is over them alone."""
     start = bos if start is None else start
-    nats = left_to_right_nll(net.hidden, net.head.weight[:bos], net.head.bias[:bos], x0, start, weights)
-    share = (1.0 if weights is None else weights[:, :1]) / x0.shape[1]  # what the first token has of the weight of all
-    return torch.where(x0[:, :1] == start, nats / (1 - share), nats)
+    weights = torch.ones_like(x0, dtype=torch.float) if weights is None else weights
+    share = torch.where(x0[:, :1] == start, weights[:, :1] / x0.shape[1], 0)  # what a first token that costs nothing has of the weight of all
+    return left_to_right_nll(net.hidden, net.head.weight[:bos], net.head.bias[:bos], x0, start, weights / (1 - share), promised)
 
 # %% ../nbs/09_training.ipynb #20e5a59b
 class Training(L.LightningModule):
@@ -174,17 +175,19 @@ class Training(L.LightningModule):
             torch.manual_seed(key(seed, "weights"))
             self.net = UNet(config) if isinstance(config, UNetConfig) else DiT(config)
         self.ema = copy.deepcopy(self.net).eval().requires_grad_(False)
-        if compile:
-            body = "body" if isinstance(config, UNetConfig) else "hidden"
-            setattr(self.net, body, torch.compile(getattr(self.net, body)))
+        if compile and isinstance(config, UNetConfig):
+            self.net.body = torch.compile(self.net.body)
+        elif compile:
+            for block in self.net.blocks:  # which share one compilation
+                block.compile()
 
     def nats(self, net, x0, generator=None, step=None, first=0, batch_size=None, labels=None, fixed=None, weights=None):
         """(b, L) nats of the training objective at `step`, of the true bound when step is None, times the `weights`; see `bound`."""
         if self.process is None:
-            return ar_loss(net, x0, self.bos, weights, self.start)
+            return ar_loss(net, x0, self.bos, weights, self.start, step is not None)
         curriculum = None if step is None or self.curriculum is None else self.curriculum.at(step)
         return bound(net, self.process, self.schedule, x0, generator, curriculum, first, batch_size, labels, fixed, weights, self.loss,
-                     self.low_variance and step is not None, low_discrepancy if step is None else self.times)
+                     self.low_variance and step is not None, low_discrepancy if step is None else self.times, step is not None)
 
     def training_step(self, batch, _):
         x0, step, first, more = batch
