@@ -6,8 +6,8 @@
 __all__ = ['AUSTEN_ALPHABET', 'AUSTEN_BOOKS', 'DETOKENIZERS', 'DATASETS', 'SPLITS', 'CharTokenizer', 'Text8Tokenizer',
            'SubwordTokenizer', 'BPETokenizer', 'train_bpe', 'PixelTokenizer', 'tokenizer', 'tokenizer_from_json',
            'austen_books', 'synthetic_chain', 'synthetic_bits', 'detokenize', 'DataSet', 'Texts', 'check_split',
-           'documents', 'Blocks', 'pack', 'pad', 'Conditional', 'conditional', 'TokenFile', 'store_path', 'prepare',
-           'check_text', 'load_blocks', 'Batches', 'Streamed']
+           'documents', 'Blocks', 'pack', 'pad', 'Conditional', 'conditional', 'TokenFile', 'contents', 'store_path',
+           'prepare', 'check_text', 'load_blocks', 'Batches', 'Streamed']
 
 # %% ../nbs/08_data.ipynb #edc3f37f
 import contextlib
@@ -33,7 +33,7 @@ import numpy as np
 import torch
 
 import duo
-from .content import LARGE, Stream, cache_folder, digests, fields, key_of, kind_of, look, seal, sealed, table, write
+from .content import LARGE, Stream, cache_folder, digest, digests, fields, key_of, kind_of, look, seal, sealed, table, write
 
 _ASSETS = Path(duo.__file__).parent / "assets"
 
@@ -555,14 +555,16 @@ def _copy(hub):
 
 
 def _plain(path):
-    """A path that `datasets` takes for no pattern: a link to it in $DUO_CACHE where its name has such characters."""
+    """A path that `datasets` takes for no pattern: links to its files in $DUO_CACHE where its name has such characters."""
     if not re.search(r"[][*?{}!:,]|//", str(path)):
         return path
-    link = cache_folder("links", key_of(str(path.resolve()))[:16] + path.suffix)
-    link.parent.mkdir(parents=True, exist_ok=True)
-    with contextlib.suppress(FileExistsError):
-        link.symlink_to(path.resolve())
-    return link
+    files = [(name, str(path.resolve() / name)) for name, _ in _copied(path)]
+    links = cache_folder("links", key_of(files)[:16] + path.suffix)
+    for name, file in files:
+        (links / name).parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            (links / name).symlink_to(file)
+    return links
 
 
 def _copied(copy):
@@ -900,10 +902,19 @@ def _identity(data, split):
     return {"data": row.hub or data, "split": split, "source": source, "files": files, "detokenizer": DETOKENIZERS[row.detokenizer] if row.detokenizer else []}
 
 
+def contents(data, splits):
+    """What tells data from others, whatever its name and date: {split: a digest}, of an .npz file {"file": a digest}; {} where there is nothing but a name."""
+    if str(data).endswith(".npz"):
+        return {"file": digest(data)}
+    if data in DATASETS or Path(data).exists():
+        return {split: key_of(_identity(data, split)) for split in splits}
+    return {"copy": key_of(_copied(copy))} if (copy := _copy(data)) else {}
+
+
 def store_path(data, split, tokenizer, separator=()):
     """(folder, key) of the store of a split in `$DUO_CACHE` (default ~/.cache/duo): the folder's name holds a hash of the key, which is everything that shapes the tokens."""
     key = _identity(data, split) | {"tokenizer": key_of(tokenizer.to_json()), "separator": [int(i) for i in separator], "format": _FORMAT}
-    name = "-".join(re.sub(r"[^A-Za-z0-9.]+", "_", str(part)).strip("_")[-40:] for part in (Path(key["data"] or data).stem, split, tokenizer.name))
+    name = "-".join(re.sub(r"[^A-Za-z0-9.]+", "_", str(part)).strip("_")[-40:] for part in (Path(key["data"] or "files").stem, split, tokenizer.name))
     return cache_folder(f"{name}-{key_of(key)[:16]}"), key
 
 
@@ -1087,6 +1098,8 @@ def check_text(data, split, tokenizer, length, layout=None, separator=None):
     if row.hub if row else sum(map(os.path.getsize, _files(Path(data), split))) >= LARGE or _conditional(data, split) is not None:
         return
     texts, (padded, between, frame) = documents(data, split), _form(data, tokenizer, layout, separator)
+    if length <= len(frame):
+        return
     _lost(data, split, texts, tokenizer)
     if row is None and type(tokenizer) is CharTokenizer:
         tokenizer.encode_batch(islice(texts, 10_000))
@@ -1101,7 +1114,7 @@ def check_text(data, split, tokenizer, length, layout=None, separator=None):
 
 def _few(data, split, tokens, length, frame):
     """What to say of a text that is too short for one block."""
-    times = -(-(length - frame) // max(tokens, 1))
+    times = -(-5 * (length - frame) // (4 * max(tokens, 1)))  # a quarter more, since texts differ
     file = f" ({times * os.path.getsize(data):,} bytes in the file)" if data not in DATASETS and Path(data).is_file() else ""
     shorter = f"length up to {tokens + frame}, or " if tokens >= 8 else ""
     return f"{tokens} tokens do not fill one block of length={length} (data {data}, split {split}); allowed: {shorter}{times} times as much text{file}"

@@ -482,7 +482,7 @@ def check_data(params):
         if name not in {**DATASETS, **IMAGES} and not Path(name).exists():
             problems.append(_among("data", name, {**DATASETS, **IMAGES}, ", or a file or folder that exists"))
         if is_images(name) or name not in DATASETS and not Path(name).exists():
-            problems += _check_form(name, (), params) if is_images(name) else []
+            problems += _check_form(name, (), params) + _check_images(name) if is_images(name) else []
             continue
         for split in splits:
             try:
@@ -500,7 +500,36 @@ def check_data(params):
             problems.append(f"tokenizer: given {name}; {error}")
     elif name is not None and (not _fetchable(name) or difflib.get_close_matches(name, ["char", "text8", "bpe1024", "bpe2048", "bpe4096"], 1, 0.7)):
         problems.append(_among("tokenizer", name, ["char", "text8", "bpe1024", "bpe2048", "bpe4096"], ", a folder or a name on the Hugging Face hub"))
-    return problems
+    return problems or (_check_fill(tokenizer(name), params["length"], splits, params) if name is not None and _bundled(name) and params.get("length") else [])
+
+
+def _check_images(name):
+    """A file of images that cannot be read."""
+    from duo.images import IMAGES, sides
+
+    with contextlib.suppress(FileNotFoundError):  # named by `check_data`
+        try:
+            sides(name) if name not in IMAGES else None
+        except ValueError as error:
+            return [f"data: {str(error).removeprefix('data ')}"]
+    return []
+
+
+def _check_fill(tokenizer, length, splits, params):
+    """Text that a tokenizer cannot write, and text that is too short for one block, as far as `data.check_text` sees it before a run."""
+    from duo.data import check_text
+
+    form, out = {"layout": params.get("layout"), "separator": params.get("separator")}, []
+    form = {key: {"auto": None, "none": ""}.get(value, value) for key, value in form.items()}
+    for name in params["data"] if isinstance(params["data"], list) else [params["data"]]:
+        for split in splits[1:] if params.get("streaming") else splits:
+            try:
+                check_text(name, split, tokenizer, length, **form)
+            except ValueError as error:
+                kind = "length" if "do not fill" in str(error) else "tokenizer"
+                given = length if kind == "length" else f"{tokenizer.name} for data {name}, split {split}"
+                out.append(f"data: {str(error).removeprefix('data ')}" if str(error).startswith("data ") else str(error) if str(error).startswith("tokenizer: ") else f"{kind}: given {given}; {error}")
+    return out
 
 
 def _check_form(name, splits, params):
@@ -594,6 +623,8 @@ def check_images(p):
         pass  # named by `check_data`
     except ValueError as error:
         name, _, rest = str(error).partition(" ")
+        if name == "data":  # named by `check_data`
+            return out
         out.append(f"{_UNET_KEYS.get(name, name)}: {rest.removeprefix('and width ')}")
     return out
 
@@ -720,6 +751,8 @@ def check_checkpoint(params):
     for data in names if isinstance(names, list) else [names]:
         if is_images(data) != (name == "pixels"):
             out.append(f"data: given {data} with a checkpoint of {'images' if name == 'pixels' else 'text'}; allowed: {'twemoji, cifar10 or .npz' if name == 'pixels' else 'text'}")
+    if not out and name != "pixels" and names:
+        out += _check_fill(tokenizer, params.get("length") or length, [params["split"]] if "split" in params else ["train", "valid"], params)
     if params.get("prompt"):
         try:
             from duo.samplers import template
@@ -832,6 +865,12 @@ def check_fid(params):
         out.append(f"guidance: given {params['guidance']} without labels; allowed: [1.0], or labelled: true")
     if params["n"] < 2:
         out.append(f"n: given {params['n']}; allowed: at least 2, for a covariance")
+    if not out:
+        from duo.images import count
+
+        most = count(params["data"], params["split"])
+        if most is not None and params["n"] > most:
+            out.append(f"n: given {params['n']}; allowed: up to the {most} images of {params['data']}/{params['split']}, since as many real ones are compared")
     return out
 
 

@@ -585,8 +585,21 @@ def _prepare(job, root, restart):
     if other and not _longer(other, there, where):
         words = ", ".join(f"{shown(key)} ({shown(old)} there, {shown(new)} now)" for key, old, new in other)
         raise RunError(f"{where}: holds checkpoints of other parameters: {words}; --restart discards them, --output DIR keeps both")
+    was, now = _record(folder).get("content") or {}, _content(job.params, root)
+    if changed := [part for part, digest in now.items() if was.get(part, digest) != digest]:
+        raise RunError(f"{where}: was trained on another text than data {shown(job.params['data'])} holds now ({', '.join(changed)}); --restart begins anew, --output DIR keeps both")
     _check_readable(folder, verb)
     return True
+
+
+def _content(params, root):
+    """What the data of a training holds, a digest for each part of it; {} for other verbs."""
+    if not {"max_steps", "rounds"} & params.keys() or not isinstance(params.get("data"), str):
+        return {}
+    from duo.data import contents
+
+    with contextlib.chdir(root):
+        return contents(params["data"], ("train", "valid"))
 
 
 def _longer(other, there, where):
@@ -658,7 +671,7 @@ def _recorded(job, root, stop, resumed):
     _write(job.folder / "parameters.yaml", _flat(job.params, job.command))
     now = lambda: datetime.now(timezone.utc).isoformat(timespec="seconds")
     session, clock = {"status": "running", "start": now()}, time.monotonic()
-    record = {"command": job.command, **environment(root), "seed": job.params.get("seed"), "sessions": past + [session], "files": sorted(own) if resumed else []}
+    record = {"command": job.command, **environment(root), "seed": job.params.get("seed"), "content": _content(job.params, root), "sessions": past + [session], "files": sorted(own) if resumed else []}
     _write(path, json.dumps(record, indent=1) + "\n")
     error = _execute(job, root, stop)
     session["status"] = "stopped" if stop.signal else "failed" if error else "finished"

@@ -86,7 +86,7 @@ def test_a_problem_names_its_cause(name, words, line, monkeypatch):
 def test_a_missing_folder_of_copies_and_an_empty_file_are_refused(tmp_path, monkeypatch):
     values, _ = read_yaml(REPOSITORY / "parameters/train/austen_duo.yaml", read_parameters(REPOSITORY / "nbs/run/train.ipynb"), REPOSITORY)
     (tmp_path / "nothing.txt").touch()
-    assert check("train", values | {"data": str(tmp_path / "nothing.txt")}, REPOSITORY)[0].endswith("no text in it, 0 bytes")
+    assert check("train", values | {"data": str(tmp_path / "nothing.txt")}, REPOSITORY)[0].endswith("no text in it")
     monkeypatch.setenv("DUO_DATA", str(tmp_path / "nowhere"))
     problem, = check("train", values, REPOSITORY)
     assert problem.startswith("DUO_DATA: given ") and "\n" not in problem
