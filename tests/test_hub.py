@@ -259,11 +259,11 @@ def test_vocabularies(tmp_path):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda s: s.pop("blocks.0.mlp.0.bias"), r"its tensors: lacks backbone\.blocks\.0\.mlp\.0\.bias$"),
-        (lambda s: s.update({"blocks.0.mlp.3.bias": torch.ones(1)}), r"its tensors: has unexpected backbone\.blocks\.0\.mlp\.3\.bias$"),
+        (lambda s: s.pop("blocks.0.mlp.0.bias"), r"its tensors: lacks 'backbone\.blocks\.0\.mlp\.0\.bias'$"),
+        (lambda s: s.update({"blocks.0.mlp.3.bias": torch.ones(1)}), r"its tensors: has unexpected 'backbone\.blocks\.0\.mlp\.3\.bias'$"),
         (
             lambda s: s.update({"blocks.1.norm1.weight": torch.ones(5)}),
-            r"its tensors: backbone\.blocks\.1\.norm1\.weight is \(5,\) where the others ask for \(32,\)$",
+            r"its tensors: 'backbone\.blocks\.1\.norm1\.weight' is \(5,\) where the others ask for \(32,\)$",
         ),
         (lambda s: s.pop("vocab_embed.embedding"), "neither a DiT"),
         (lambda s: s.update({"rotary_emb.inv_freq": torch.ones(8)}), "rotary_emb.inv_freq has not the base"),
@@ -282,8 +282,8 @@ def test_wrong_settings_are_named(tmp_path):
     state, _ = known("dit")
     tokenizer = gpt2_like(tmp_path)
     for settings, message in (
-        ({"algo.name": "flow"}, "its algorithm is flow; allowed: duo"),
-        ({"noise.type": "square"}, "its noise is square"),
+        ({"algo.name": "flow"}, "its algorithm is 'flow'; allowed: duo"),
+        ({"noise.type": "square"}, "its noise is 'square'"),
         ({"model.hidden_size": 48}, "hidden_size is 48 in its configuration and 32 in its tensors"),
         ({"algo.time_conditioning": None}, "the file does not say time_conditioning"),
     ):
