@@ -15,19 +15,18 @@ import math
 import os
 import re
 import shutil
-import zipfile
 from numbers import Integral
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import ModelHubMixin
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 
 from .data import DATASETS, CharTokenizer, PixelTokenizer, SubwordTokenizer, tokenizer_from_json
 from .data import tokenizer as tokenizer_of
 from .dit import DiT, DiTConfig, precise
+from .files import check_archive, check_pointer, load_tensors, save_tensors, shown, some, tensor_shapes
 from .likelihood import METHODS, Staircase, clean_bias, left_to_right_nll, linear_nelbo, linear_score_nelbo, make_process, network_vocab, score_scale
 from .metrics import Scores, judge_of
 from .processes import Absorbing, Process
@@ -102,11 +101,11 @@ def _variance(draws):
     return draws.diff(dim=1).square().sum(1) / (2 * D * (D - 1)) if D > 1 else torch.full((len(draws),), math.nan, dtype=draws.dtype)
 
 
-def _whole_numbers(least, **given):
-    """ValueError, in one line, for what is neither None nor a whole number of at least `least`."""
+def _whole_numbers(least, most=math.inf, /, **given):
+    """ValueError, in one line, for what is neither None nor a whole number from `least` to `most`."""
     for name, value in given.items():
-        if value is not None and (isinstance(value, bool) or not isinstance(value, Integral) or value < least):
-            raise ValueError(f"{name}: given {value!r}; allowed: a whole number, at least {least}")
+        if value is not None and (isinstance(value, bool) or not isinstance(value, Integral) or not least <= value <= most):
+            raise ValueError(f"{name}: given {shown(value)}; allowed: a whole number, {f'at least {least}' if most == math.inf else f'from {least} to {most}'}")
 
 
 def _tokens(what, given, size, dims=(1,)) -> torch.Tensor:
@@ -158,8 +157,12 @@ class Model(ModelHubMixin):
 
     def __post_init__(self):
         if self.method not in METHODS:
-            raise ValueError(f"method must be one of {', '.join(METHODS)}, got {self.method!r}")
-        V = self.tokenizer.vocab_size
+            raise ValueError(f"method must be one of {', '.join(METHODS)}, got {shown(self.method)}")
+        V, prior = self.tokenizer.vocab_size, METHODS[self.method].prior
+        _whole_numbers(1, length=self.length, T=self.T)
+        _whole_numbers(0, V, mask_id=self.mask_id, bos_id=self.bos_id)
+        if self.mask_id is not None and prior not in ("absorbing", None):
+            raise ValueError(f"mask_id: given {self.mask_id} for {self.method}, whose noise is {prior}; allowed: None")
         own = self.mask_id is not None and self.mask_id < V
         self.process, width = make_process(self.method, V, self.p_uniform), V if own else network_vocab(self.method, V)
         if own and self.process is not None:
@@ -167,7 +170,7 @@ class Model(ModelHubMixin):
         if self.T is not None and METHODS[self.method].objective != "steps":
             raise ValueError(f"T must be None for {self.method}, whose time is continuous, got {self.T!r}")
         if self.net.config.vocab_size != width:
-            raise ValueError(f"{self.method} with tokenizer {self.tokenizer.name!r} ({V} symbols) needs a network of vocab_size "
+            raise ValueError(f"{self.method} with tokenizer {shown(self.tokenizer.name)} ({V} symbols) needs a network of vocab_size "
                              f"{width}, got {self.net.config.vocab_size}")
         if self.net.config.causal != (self.process is None):
             raise ValueError(f"causal must be {self.process is None} for {self.method}, got {self.net.config.causal}")
@@ -416,7 +419,8 @@ def save(model: Model, directory, raw=None, dtype: torch.dtype = torch.float32, 
     """Write config.json, tokenizer.json and model.safetensors (the weights of `model`, in `dtype`; none without `weights`) to a directory; returns its path.
 
     raw: a state dict or module with the weights before averaging, for raw.safetensors; metrics: makes README.md, the model's `card`.
-    Raises OSError in one line where a file cannot be written whole; what was in the directory before is then still there and loads.
+    Raises ValueError, before anything is written, for weights that are not finite, or would not be in `dtype`. Raises OSError in one line where a file cannot be written whole; what
+    was in the directory before is then still there and loads.
     """
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(f"save: dtype must be torch.float32, torch.float16 or torch.bfloat16, got {dtype!r}")
@@ -432,6 +436,10 @@ def save(model: Model, directory, raw=None, dtype: torch.dtype = torch.float32, 
         files["raw.safetensors"] = raw.state_dict() if isinstance(raw, torch.nn.Module) else raw
     if weights:
         files["model.safetensors"] = model.net.state_dict()
+    for name, content in files.items():
+        if isinstance(content, dict):
+            _finite("save", content)
+            _finite(f"save: {name} in {config['dtype']}, whose largest number is {torch.finfo(dtype).max:,.0f}", {k: v.to(dtype) for k, v in content.items()}, "take torch.bfloat16 or torch.float32")
     new = directory / ".new"
     try:
         _settle(directory)
@@ -477,7 +485,7 @@ def _write(path: Path, content, dtype: torch.dtype):
     else:
         path.touch()
         mode = path.stat().st_mode  # as the user's umask has it; safetensors leaves 0600
-        save_file({name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in content.items()}, path, metadata={"format": "pt"})
+        save_tensors({name: tensor.to(dtype) for name, tensor in content.items()}, path)
         path.chmod(mode)
     with open(path, "rb+") as file:
         os.fsync(file.fileno())
@@ -516,48 +524,81 @@ def _stand_in(path):
     return type(name, (_Inert,), {"__module__": module, "__qualname__": name})
 
 
-def read_checkpoint(path) -> dict:
+def read_checkpoint(path, whole=True) -> dict:
     """What `torch.save` wrote to a file: tensors and plain containers, objects of OmegaConf as plain containers, and None for other objects.
 
     Nothing named in the file is imported or called. Raises ValueError in one line for a file that names anything else than tensors, containers and
     objects
-    of well-known packages, that is damaged, or that is no dict.
+    of well-known packages, that is damaged, that is no dict, or that unfolds to more than it holds. The checksums of its parts are compared if `whole`.
     """
     path = Path(path)
+    check_archive(path, whole)
     try:
         names = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
         refused = [n for n in names if n not in _INERT_TYPES and n.split(".")[0] not in _INERT_PACKAGES]
         if not refused:
             with torch.serialization.safe_globals([(_stand_in(name), name) for name in names]):
                 found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            plain = _plain(found)
+            plain, _ = _plain(found, 4 * path.stat().st_size, {})
     except Exception as err:  # the many kinds of a reader that meets a damaged or hostile file
         raise ValueError(
-            f"{path}: cannot be read as a checkpoint of torch.save ({type(err).__name__}: {str(err).splitlines()[0][:150] if str(err) else ''})"
+            f"{path}: cannot be read as a checkpoint of torch.save ({type(err).__name__}: {shown(str(err).partition(chr(10))[0])})"
         ) from None
     if refused:
-        raise ValueError(f"{path}: refused, nothing of it was run: it names {_some(refused)}, and a checkpoint needs tensors and settings alone")
+        raise ValueError(f"{path}: refused, nothing of it was run: it names {some(refused)}, and a checkpoint needs tensors and settings alone")
     if not isinstance(plain, dict):
         raise ValueError(f"{path}: must hold a dict, got {type(plain).__name__}")
     return plain
 
 
-def _some(names) -> str:
-    names = sorted(names)
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+def _plain(x, room, seen):
+    """(x as containers of data, how many bytes and entries it unfolds to): ValueError beyond `room`. What is met again is found in `seen`, by its id."""
+    if isinstance(x, torch.Tensor):
+        return x, _extent(x)
+    if not isinstance(x, (dict, list, tuple, _Inert)):
+        return None if isinstance(x, type) and issubclass(x, _Inert) else x, 1
+    if id(x) not in seen:
+        seen[id(x)] = None
+        seen[id(x)] = _unfolded(x, room, seen)
+    if seen[id(x)] is None:
+        raise ValueError("a container that holds itself")
+    return seen[id(x)]
 
 
-def _plain(x):
-    """Containers of data; OmegaConf's nodes keep theirs as `_content` or `_val`."""
+def _unfolded(x, room, seen):
+    """`_plain` of a container; OmegaConf's nodes keep their data as `_content` or `_val`."""
     if isinstance(x, _Inert):
         state = x.state[1] if isinstance(x.state, tuple) and len(x.state) == 2 else x.state
         state = state if isinstance(state, dict) else {}
-        return _plain(state["_content"]) if "_content" in state else _plain(state.get("_val"))
-    if isinstance(x, dict):
-        return {key: _plain(value) for key, value in x.items() if not isinstance(key, _Inert)}
-    if isinstance(x, (list, tuple)):
-        return type(x)(map(_plain, x)) if type(x) in (list, tuple) else list(x)
-    return None if isinstance(x, type) and issubclass(x, _Inert) else x
+        return _plain(state["_content"] if "_content" in state else state.get("_val"), room, seen)
+    names = [key for key in x if not isinstance(key, _Inert)] if isinstance(x, dict) else range(len(x))
+    parts = [_plain(x[name], room, seen) for name in names]
+    extent = 1 + sum(part[1] for part in parts)
+    if extent > room:
+        raise ValueError(f"shared parts unfold to {extent:,} bytes and entries, allowed: {room:,}, four times the file")
+    values = [part[0] for part in parts]
+    return dict(zip(names, values)) if isinstance(x, dict) else tuple(values) if type(x) is tuple else values, extent
+
+
+def _extent(tensor):
+    """The bytes of a tensor's values; ValueError where its storage does not hold as many, or is no plain one."""
+    if tensor.layout != torch.strided or tensor.is_quantized:
+        raise ValueError("a tensor that is sparse or quantised")
+    bytes = 0 if tensor.is_meta else tensor.numel() * tensor.element_size()
+    if bytes and bytes > tensor.untyped_storage().nbytes():
+        raise ValueError(f"a tensor of shape {tuple(tensor.shape)} on a storage of {tensor.untyped_storage().nbytes():,} bytes")
+    return bytes + 1
+
+
+def _finite(what, tensors, advice="a training that diverged leaves such weights; take an earlier checkpoint"):
+    """ValueError that names the tensors with values that are not finite."""
+    if wrong := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+        raise ValueError(f"{what}: not finite: {some(wrong)}; {advice}")
+
+
+def _as_weights(tensors) -> dict:
+    """float32 copies of tensors by name."""
+    return {name: tensor.to(torch.float32, copy=True) for name, tensor in tensors.items()}
 
 # %% ../nbs/13_hub.ipynb #68bda811
 _ALGORITHMS = {
@@ -604,11 +645,11 @@ def _settings(config: dict) -> dict:
     return {name: value for name, value in found.items() if value is not None}
 
 
-def _dit_config(state, found) -> DiTConfig:
-    """The configuration of a DiT from its tensors, and from the settings for what tensors do not show."""
+def _dit_config(method, state, found) -> DiTConfig:
+    """The configuration of a DiT for a method from its tensors, and from the settings for what tensors do not show, such as blocks that lack."""
     rows, width = state["vocab_embed.embedding"].shape
-    causal = not any("adaLN_modulation" in name or name.startswith("sigma_map.") for name in state)
-    seen = {"hidden_size": width, "n_blocks": len({name.split(".")[1] for name in state if name.startswith("blocks.")}), "causal": causal}
+    causal, blocks = METHODS[method].prior is None, len({name.split(".")[1] for name in state if name.startswith("blocks.")})
+    seen = {"hidden_size": width, "n_blocks": max(blocks, found.get("n_blocks", 1)), "causal": causal}
     if "output_layer.adaLN_modulation.weight" in state:
         seen["cond_dim"] = state["output_layer.adaLN_modulation.weight"].shape[1]
     if (frequencies := state.get("rotary_emb.inv_freq")) is not None:
@@ -618,6 +659,10 @@ def _dit_config(state, found) -> DiTConfig:
             raise ValueError("rotary_emb.inv_freq has not the base 10,000 that this network has")
     _agree(seen, found)
     given = {"dropout": 0.1, "cond_dim": 128, "time_conditioning": False if causal else None} | found | seen
+    with torch.device("meta"):
+        whole = DiT(DiTConfig(rows, width, seen["n_blocks"], 1, given["cond_dim"], causal=causal)).state_dict()
+    if lacking := whole.keys() - state.keys():
+        raise ValueError(f"its tensors: lacks {some(f'backbone.{name}' for name in lacking)}")
     for name in ("n_heads", "time_conditioning"):
         if given.get(name) is None:
             raise ValueError(f"the file does not say {name}; load(…, {name}=…) can")
@@ -667,9 +712,9 @@ def _unet_config(state, found, vocab_size) -> UNetConfig:
 
 def _compare(path, shapes: dict, wanted: dict, why: str):
     """ValueError unless the shapes by name are the wanted ones."""
-    wrong = [f"lacks {_some(wanted.keys() - shapes.keys())}"] * (not wanted.keys() <= shapes.keys())
-    wrong += [f"has unexpected {_some(shapes.keys() - wanted.keys())}"] * (not shapes.keys() <= wanted.keys())
-    wrong += [f"{k} is {shapes[k]} where {why} {wanted[k]}" for k in wanted if k in shapes and shapes[k] != wanted[k]][:1]
+    wrong = [f"lacks {some(wanted.keys() - shapes.keys())}"] * (not wanted.keys() <= shapes.keys())
+    wrong += [f"has unexpected {some(shapes.keys() - wanted.keys())}"] * (not shapes.keys() <= wanted.keys())
+    wrong += [f"{shown(k)} is {shapes[k]} where {why} {wanted[k]}" for k in wanted if k in shapes and shapes[k] != wanted[k]][:1]
     if wrong:
         raise ValueError(f"{path}: {', '.join(wrong)}")
 
@@ -707,16 +752,17 @@ def _assemble(path, weights: dict, config: dict, settings: dict, training: dict,
     """The `Model` of foreign weights: tensors by their names in the file, its configuration, what the caller says, and the list of averaged
     parameters."""
     if unknown := settings.keys() - _PLACES.keys():
-        raise ValueError(f"load: {_some(unknown)} is no setting of a model; allowed: {', '.join(_PLACES)}")
-    found, prefix = _settings(config) | settings, "backbone."
-    state = {name.removeprefix(prefix): t for name, t in weights.items() if name.startswith(prefix) and isinstance(t, torch.Tensor)}
-    if surplus := [name for name, t in weights.items() if not name.startswith("teacher.") and name.removeprefix(prefix) not in state]:
-        raise ValueError(f"{path}: has unexpected {_some(surplus)}; a network's tensors are called {prefix}…")
+        raise ValueError(f"load: {some(unknown)} is no setting of a model; allowed: {', '.join(_PLACES)}")
+    weights, prefix = _renamed(path, weights), "backbone."
+    found = _checked_settings(path, _settings(config)) | settings
+    state = {name.removeprefix(prefix): t for name, t in weights.items() if name.startswith(prefix)}
+    if surplus := [name for name in weights if not name.startswith("teacher.") and name.removeprefix(prefix) not in state]:
+        raise ValueError(f"{path}: has unexpected {some(surplus)}; a network's tensors are called {prefix}…")
     algorithm = str(found.get("method", "")).lower()
     method = _ALGORITHMS.get(algorithm, algorithm)
     if method not in METHODS:
         raise ValueError(
-            f"{path}: its algorithm is {algorithm or 'not said'}; allowed: {', '.join(k for k, v in _ALGORITHMS.items() if v in METHODS)}; load(…, method=…) can say it"
+            f"{path}: its algorithm is {shown(algorithm) if algorithm else 'not said'}; allowed: {', '.join(k for k, v in _ALGORITHMS.items() if v in METHODS)}; load(…, method=…) can say it"
         )
     try:
         model = _shell(method, state, found, training)
@@ -731,10 +777,54 @@ def _assemble(path, weights: dict, config: dict, settings: dict, training: dict,
             }
             _compare("its average", shapes, {key: tuple(state[name].shape) for key, name in zip(shapes, names)}, "the network asks for")
             state = dict(zip(names, averaged))
-    except (ValueError, TypeError, KeyError) as err:
-        raise ValueError(f"{path}: {f'lacks {prefix}{err.args[0]}' if isinstance(err, KeyError) else err}") from None
-    model.net.load_state_dict({name: t.to(torch.float32, copy=True) for name, t in state.items() if name not in buffers}, assign=True)
+    except KeyError as err:
+        raise ValueError(f"{path}: lacks {shown(f'{prefix}{err.args[0]}')}") from None
+    except (ValueError, TypeError) as err:
+        raise ValueError(f"{path}: {err}") from None
+    except (ArithmeticError, AttributeError, IndexError, RuntimeError) as err:
+        raise ValueError(f"{path}: its tensors make no network ({type(err).__name__}: {shown(str(err))})") from None
+    _finite(path, state)
+    model.net.load_state_dict(_as_weights({name: t for name, t in state.items() if name not in buffers}), assign=True)
     return model
+
+
+def _renamed(path, weights) -> dict:
+    """Tensors by the names of the authors' files: without what torch.compile puts in, and with the prefix, which some leave out. ValueError for what is no tensor with a name."""
+    _check_tensors(path, weights)
+    names = {name: name.replace("_orig_mod.", "") for name in weights}
+    if not any(name.startswith("backbone.") for name in names.values()) and {"vocab_embed.embedding", "input_conv.weight"} & {*names.values()}:
+        names = {name: f"backbone.{short}" for name, short in names.items()}
+    if len({*names.values()}) < len(names):
+        raise ValueError(f"{path}: has tensors twice, with and without _orig_mod.")
+    return {names[name]: tensor for name, tensor in weights.items()}
+
+
+def _check_tensors(path, weights):
+    """ValueError unless these are tensors by name."""
+    if not isinstance(weights, dict):
+        raise ValueError(f"{path}: its weights are given as {type(weights).__name__}; allowed: tensors by name")
+    if wrong := [name for name, tensor in weights.items() if not isinstance(name, str) or not isinstance(tensor, torch.Tensor)]:
+        raise ValueError(f"{path}: has {some(wrong)} among its weights; allowed: tensors by name")
+
+
+_WHOLE, _SHARE = (int, 0, 2**24), (float, 0, 1)  # the type and the range of what a file may say
+_ALLOWED = {"method": (str,), "tokenizer": (str,), "schedule": (str,), "length": _WHOLE, "hidden_size": (int, 1, 2**16), "cond_dim": (int, 1, 2**16), "n_blocks": (int, 1, 2**10),
+            "n_heads": (int, 1, 2**10), "dropout": _SHARE, "causal": (bool,), "time_conditioning": (bool,), "schedule_eps": _SHARE, "fix_logistic": (bool,), "num_classes": _WHOLE, "T": _WHOLE}
+
+
+def _check_said(path, name, value, kind, low=None, high=None):
+    """ValueError where what a file says of `name` is not of a kind, or not from `low` to `high`."""
+    right = type(value) is kind or kind is float and type(value) is int
+    if not right or low is not None and not low <= value <= high:
+        words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}[kind]
+        raise ValueError(f"{path}: {name}: given {shown(value)}; allowed: {words}{'' if low is None else f' from {low} to {high:,}'}")
+
+
+def _checked_settings(path, found) -> dict:
+    """The settings that a foreign file says; ValueError for one of another type or out of range."""
+    for name, value in found.items():
+        _check_said(path, name, value, *_ALLOWED[name])
+    return found
 
 
 def _shell(method, state, found, training) -> Model:
@@ -742,7 +832,7 @@ def _shell(method, state, found, training) -> Model:
     images, name = "input_conv.weight" in state, found.get("tokenizer")
     if not images and "vocab_embed.embedding" not in state:
         raise ValueError(
-            f"neither a DiT (backbone.vocab_embed.embedding) nor a U-Net (backbone.input_conv.weight), found {_some(state) or 'no tensor'}"
+            f"neither a DiT (backbone.vocab_embed.embedding) nor a U-Net (backbone.input_conv.weight), found {some(state) or 'no tensor'}"
         )
     if images:
         channels, side = state["input_conv.weight"].shape[1], math.isqrt(int(found.get("length", 0)) // state["input_conv.weight"].shape[1])
@@ -750,7 +840,7 @@ def _shell(method, state, found, training) -> Model:
         config, mask_id, bos_id = _unet_config(state, found, network_vocab(method, tokenizer.vocab_size)), None, None
         frame = None
     else:
-        config = _dit_config(state, found)
+        config = _dit_config(method, state, found)
         name = _GUESSES.get(config.vocab_size) if name is None else name
         if name is None:
             raise ValueError(f"the file does not say its tokenizer, and {config.vocab_size} symbols do not tell; load(…, tokenizer=…) can")
@@ -758,7 +848,7 @@ def _shell(method, state, found, training) -> Model:
         frame = found["frame"] if "frame" in found else _convention(tokenizer)
     kind = str(found.get("schedule", "log-linear")).lower()
     if kind not in _SCHEDULES:
-        raise ValueError(f"its noise is {kind}; allowed: {', '.join(_SCHEDULES)}")
+        raise ValueError(f"its noise is {shown(kind)}; allowed: {', '.join(_SCHEDULES)}")
     schedule = None if METHODS[method].prior is None else _SCHEDULES[kind](found.get("schedule_eps", 1e-3))
     if type(found.get("length")) is not int:
         raise ValueError("the file does not say the length of a block; load(…, length=…) can")
@@ -780,20 +870,36 @@ def _shell(method, state, found, training) -> Model:
 def _lightning(path: Path, raw: bool, settings: dict) -> Model:
     """The `Model` of a Lightning checkpoint of the authors' code."""
     found = read_checkpoint(path)
-    config, weights, ema = found.get("hyper_parameters") or {}, found.get("state_dict"), found.get("ema")
-    if not isinstance(weights, dict):
-        raise ValueError(f"{path}: has no state_dict; it holds {_some(map(str, found)) or 'nothing'}")
+    config, weights = found.get("hyper_parameters"), found.get("state_dict")
+    if weights is None:
+        raise ValueError(f"{path}: has no state_dict; it holds {some(found) or 'nothing'}")
     if _is_ours(weights) and not settings:
         return _ours(path, found, raw)
+    config = config if isinstance(config, dict) else {}
     config = config["config"] if isinstance(config.get("config"), dict) else config
-    averaged = None if raw or not ema else ema.get("shadow_params", [])
-    training = {"file": path.name, "steps": found.get("global_step"), "weights": "as trained" if averaged is None else "average (EMA)"}
+    averaged = None if raw else _averaged(path, found.get("ema"))
+    training = {"file": path.name, "steps": _steps(found), "weights": "as trained" if averaged is None else "average (EMA)"}
     return _assemble(path, weights, config, settings, training, averaged)
+
+
+def _steps(found):
+    """The steps that a training's file counts, None where it says something else."""
+    return step if type(step := found.get("global_step")) is int else None
+
+
+def _averaged(path, ema):
+    """The list of averaged parameters in a file, None where it has none."""
+    if ema is None or isinstance(ema, dict) and not ema:
+        return None
+    average = ema.get("shadow_params") if isinstance(ema, dict) else None
+    if not isinstance(average, (list, tuple)) or not all(isinstance(tensor, torch.Tensor) for tensor in average):
+        raise ValueError(f"{path}: its average (ema) is no dict with a list of tensors, shadow_params; load(…, raw=True) does not need it")
+    return average
 
 
 def _is_ours(weights) -> bool:
     """Whether tensors are those of a training of ours, by their names."""
-    return isinstance(weights, dict) and {"ema", "net"} <= {name.partition(".")[0] for name in weights}
+    return isinstance(weights, dict) and {"ema", "net"} <= {name.partition(".")[0] for name in weights if isinstance(name, str)}
 
 
 def _ours(path: Path, found: dict, raw: bool, read=True) -> Model:
@@ -801,24 +907,31 @@ def _ours(path: Path, found: dict, raw: bool, read=True) -> Model:
     if not _at(path.parent, "config.json").is_file():
         raise ValueError(f"{path}: there is no config.json beside it; a training writes it at its first validation")
     model, weights, prefix = _empty(path.parent), found["state_dict"], "net." if raw else "ema."
+    _check_tensors(path, weights)
     if any(tensor.is_meta for tensor in weights.values()):  # they are in the shards of an fsdp training
         from duo.training import Checkpoint
         shards = Checkpoint(path)
-        weights = shards.whole("state_dict")["state_dict"] if read else weights
+        if read:
+            shards.check()
+            weights = shards.whole("state_dict")["state_dict"]
     state = {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
-    shapes, wanted = ({name: tuple(tensor.shape) for name, tensor in some.items()} for some in (state, model.net.state_dict()))
+    shapes, wanted = ({name: tuple(tensor.shape) for name, tensor in named.items()} for named in (state, model.net.state_dict()))
     _compare(path, shapes, wanted, "config.json asks for")
     if read:
-        model.net.load_state_dict({name: tensor.to(torch.float32, copy=True) for name, tensor in state.items()}, assign=True)
-    if (step := found.get("global_step")) != model.training.get("steps"):  # config.json tells of another moment
+        _finite(path, state)
+        model.net.load_state_dict(_as_weights(state), assign=True)
+    if (step := _steps(found)) != model.training.get("steps"):  # config.json tells of another moment
         model.training = {name: fact for name, fact in model.training.items() if name not in ("tokens", "time")} | {"steps": step}
     return model
 
 
 def _is_published(directory: Path) -> bool:
-    """Whether a directory's weights have the authors' names."""
-    with contextlib.suppress(SafetensorError, OSError), safe_open(_at(directory, "model.safetensors"), "pt") as file:
-        return any(name.startswith("backbone.") for name in file.keys())
+    """Whether others wrote a directory: its config.json says the kind of its model and no method, or its weights have the authors' names."""
+    config, path = _at(directory, "config.json"), _at(directory, "model.safetensors")
+    if config.is_file() and "method" in (said := _config_of(config)) or not config.is_file() and not path.is_file():
+        return False
+    with contextlib.suppress(ValueError):
+        return config.is_file() and "model_type" in said or any(name.startswith("backbone.") for name in tensor_shapes(path))
     return False
 
 
@@ -826,13 +939,37 @@ def _published(directory: Path, raw: bool, settings: dict) -> Model:
     """The `Model` of a repository that the authors published: config.json with the model's fields, weights under backbone., averaged already."""
     if raw:
         raise ValueError(f"{directory}: has averaged weights alone")
-    try:
-        config = json.loads(_text(directory / "config.json"))
-        with safe_open(directory / "model.safetensors", "pt") as file:
-            weights = {name: file.get_tensor(name) for name in file.keys()}
-    except (json.JSONDecodeError, SafetensorError) as err:
-        raise ValueError(f"{directory}: damaged ({err})") from None
-    return _assemble(directory, weights, config if isinstance(config, dict) else {}, settings, {"file": directory.name, "weights": "average (EMA)"})
+    config = _json(directory / "config.json")
+    return _assemble(directory, _foreign(directory), config, settings, {"file": directory.name, "weights": "average (EMA)"})
+
+
+_FOREIGN = {"model.safetensors": load_tensors, "pytorch_model.bin": read_checkpoint}  # the file of the weights, and how it is read
+
+
+def _foreign(directory: Path) -> dict:
+    """The tensors of a directory as transformers writes it: in one file or in several with an index, of safetensors or torch.save."""
+    for name, read in _FOREIGN.items():
+        if (directory / name).is_file():
+            return read(directory / name)
+        if (index := directory / f"{name}.index.json").is_file():
+            return _sharded(index, read)
+    raise ValueError(f"{directory}: has no weights; allowed: {', '.join(f'{name}, {name}.index.json' for name in _FOREIGN)}")
+
+
+def _sharded(index: Path, read) -> dict:
+    """The tensors of the files that an index names; ValueError that says which file lacks, or which tensor in its file."""
+    places, found = _json(index).get("weight_map"), {}
+    if not isinstance(places, dict) or not all(isinstance(place, str) and Path(place).name == place for place in places.values()):
+        raise ValueError(f"{index}: its weight_map must give the file in this directory of each tensor")
+    parts = sorted({*places.values()})
+    if lacking := [part for part in parts if not (index.parent / part).is_file()]:
+        raise ValueError(f"{index}: of {len(parts)} parts there {'lacks' if len(lacking) == 1 else 'lack'} {some(lacking)}")
+    for part in parts:
+        tensors, wanted = read(index.parent / part), {name for name, place in places.items() if place == part}
+        if wanted - tensors.keys():
+            raise ValueError(f"{index.parent / part}: lacks {some(wanted - tensors.keys())}, which {index.name} says to be there")
+        found |= {name: tensors[name] for name in wanted}
+    return found
 
 # %% ../nbs/13_hub.ipynb #7a11feb2
 _KINDS = {"dit": (DiT, DiTConfig), "unet": (UNet, UNetConfig)}
@@ -876,11 +1013,9 @@ def load(source, raw: bool = False, device="cpu", **settings) -> Model:
 def examine(source, raw: bool = False):
     """Raises the ValueError of `load` for a file or directory here, as far as it shows without reading the weights; what others wrote is left to `load`."""
     source = Path(source)
-    if source.is_file() and not zipfile.is_zipfile(source):
-        raise ValueError(f"{source}: cannot be read as a checkpoint of torch.save; allowed: a .ckpt, or the folder that duo.hub.save wrote")
     if source.is_file() or _in_last(source, raw):
         path = source if source.is_file() else source / "last.ckpt"
-        found = read_checkpoint(path)  # mapped, not read
+        found = read_checkpoint(path, whole=False)  # mapped, not read
         if _is_ours(found.get("state_dict")):
             _ours(path, found, raw, read=False)
     elif "model_type" not in _config_of(_at(source, "config.json")):
@@ -910,8 +1045,8 @@ def _empty(directory: Path) -> Model:
         sometimes = {key: config.get(key) for key in _SOMETIMES} | _frame(config, tokenizer)
         with torch.device("meta"):
             return Model(network(shape), config["method"], schedule, tokenizer, config["length"], config.get("training", {}), **sometimes)
-    except (ValueError, TypeError) as err:
-        raise ValueError(f"{directory / 'config.json'}: {err}") from None
+    except (ValueError, TypeError, RuntimeError) as err:
+        raise ValueError(f"{directory / 'config.json'}: {' '.join(str(err).split())}") from None
 
 
 def _frame(config, tokenizer) -> dict:
@@ -933,7 +1068,8 @@ def _directory(source, **download) -> Path:
         raise ValueError(f"load: {str(source)!r} is neither a directory nor the name of a repository (owner/name)")
     from huggingface_hub import snapshot_download
     try:
-        return Path(snapshot_download(str(source), allow_patterns=["*.safetensors", "*.json"], **download))
+        found = Path(snapshot_download(str(source), allow_patterns=["*.safetensors", "*.json"], **download))
+        return found if any(found.glob("*.safetensors")) else Path(snapshot_download(str(source), allow_patterns=["*.bin", "*.json"], **download))
     except Exception as err:  # the client's many kinds of network, permission and name errors
         raise ValueError(f"load: {str(source)!r} is no directory here, and as a repository it could not be fetched ({type(err).__name__}: offline, "
                          "private or misspelt)") from None
@@ -942,50 +1078,62 @@ def _directory(source, **download) -> Path:
 def _text(path: Path) -> str:
     if not path.is_file():
         raise ValueError(f"{path}: there is no such file; a checkpoint is config.json, tokenizer.json and model.safetensors")
+    check_pointer(path)
     return path.read_text(encoding="utf-8", errors="replace")
+
+
+def _json(path: Path) -> dict:
+    """What a file of JSON says by name; ValueError in one line for another one."""
+    text = _text(path)
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as err:
+        raise ValueError(f"{path}: not JSON ({shown(str(err))})") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: must hold settings by name, got {type(found).__name__}")
+    return found
 
 
 def _config(path: Path) -> dict:
     """config.json with every setting there and none unknown."""
-    try:
-        config = json.loads(_text(path))
-    except json.JSONDecodeError as err:
-        raise ValueError(f"{path}: not JSON ({err})") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{path}: must hold settings by name, got {type(config).__name__}")
+    config = _json(path)
     kind = config.get("network", "dit")
-    if kind not in _KINDS:
-        raise ValueError(f"{path}: network must be one of {', '.join(_KINDS)}, got {kind!r}")
+    if not isinstance(kind, str) or kind not in _KINDS:
+        raise ValueError(f"{path}: network must be one of {', '.join(_KINDS)}, got {shown(kind)}")
     needed, known = {*_ALWAYS, *_NEEDED[kind]}, {f.name for f in dataclasses.fields(_KINDS[kind][1])} | {"training", "dtype", "network", "frame", *_SOMETIMES}
     if wrong := [
-        f"{word} {', '.join(sorted(keys))}" for word, keys in (("lacks", needed - {*config}), ("has unknown", {*config} - needed - known)) if keys
+        f"{word} {some(keys)}" for word, keys in (("lacks", needed - {*config}), ("has unknown", {*config} - needed - known)) if keys
     ]:
         raise ValueError(f"{path}: {' and '.join(wrong)}")
-    if config["schedule"] not in (*SCHEDULES, None):
-        raise ValueError(f"{path}: schedule must be one of {', '.join(SCHEDULES)}, got {config['schedule']!r}")
-    for f in dataclasses.fields(_KINDS[kind][1]):
-        fits = {int: (int,), float: (int, float), bool: (bool,), str: (str,)}.get(f.type)
-        if fits and f.name in config and type(config[f.name]) not in fits:
-            raise ValueError(f"{path}: {f.name}: given {config[f.name]!r}; allowed: {f.type.__name__}")
-    for key, fits in (("method", (str,)), ("schedule_eps", (int, float, type(None))), ("training", (dict,)), ("frame", (list, type(None))), *((key, (int, float, type(None))) for key in _SOMETIMES)):
-        if key in config and type(config[key]) not in fits:
-            raise ValueError(f"{path}: {key}: given {config[key]!r}; allowed: {' or '.join(kind.__name__.replace('NoneType', 'null') for kind in fits)}")
-    if type(config["length"]) is not int or config["length"] < 1:
-        raise ValueError(f"{path}: length must be a whole number of tokens, at least 1, got {config['length']!r}")
+    if config["schedule"] is not None and config["schedule"] not in [*SCHEDULES]:
+        raise ValueError(f"{path}: schedule must be one of {', '.join(SCHEDULES)}, got {shown(config['schedule'])}")
+    types = {f.name: f.type for f in dataclasses.fields(_KINDS[kind][1])}
+    for name, value in config.items():
+        bounds = _BOUNDS.get(name, (types.get(name),))
+        if bounds[0] in (int, float, bool, str) and not (value is None and name in _OPTIONAL):
+            _check_said(path, name, value, *bounds)
+    for name, fits in (("training", dict), ("frame", list), ("ch_mult", list)):
+        if config.get(name) is not None and type(config[name]) is not fits:
+            raise ValueError(f"{path}: {name}: given {shown(config[name])}; allowed: {'settings by name' if fits is dict else 'a list'}")
+    for width in (config.get("ch_mult") or [])[:17]:
+        _check_said(path, "ch_mult", width, int, 1, 64)
+    if len(config.get("ch_mult") or []) > 16:
+        raise ValueError(f"{path}: ch_mult: given {len(config['ch_mult']):,} levels; allowed: at most 16")
     return config
+
+
+_OPTIONAL = {"schedule_eps", "attn_level", "num_classes", *_SOMETIMES}
+_BOUNDS = _ALLOWED | {"length": (int, 1, 2**24), "vocab_size": (int, 1, 2**24), "mask_id": (int, 0, 2**24), "bos_id": (int, 0, 2**24), "p_uniform": _SHARE, "T": (int, 1, 2**24),
+                      "channels": (int, 1, 64), "height": (int, 1, 2**12), "width": (int, 1, 2**12), "ch": (int, 1, 2**14), "num_res_blocks": (int, 1, 64), "attn_level": (int, 0, 16),
+                      "num_classes": (int, 1, 2**20), "label_dropout": _SHARE, "time_size": (int, 4, 2**16), "schedule": (None,), "head": (str,), "token_sigma": (bool,)}
 
 
 def _weights(path: Path, expected: dict, read: bool = True) -> dict:
     """The tensors of a safetensors file as float32, if they are the `expected` ones in name and shape; none without `read`."""
-    if not path.is_file():
-        raise ValueError(f"{path}: there is no such file")
-    try:
-        with safe_open(path, "pt") as file:
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
-            _compare(path, shapes, {name: tuple(tensor.shape) for name, tensor in expected.items()}, "config.json asks for")
-            return {name: file.get_tensor(name).float() for name in shapes if read}
-    except SafetensorError as err:
-        raise ValueError(f"{path}: damaged or cut short, not whole safetensors ({err})") from None
+    _compare(path, tensor_shapes(path), {name: tuple(tensor.shape) for name, tensor in expected.items()}, "config.json asks for")
+    weights = load_tensors(path, torch.float32) if read else {}
+    _finite(path, weights)
+    return weights
 
 
 def load_judge(source, device="cpu", precision="auto"):
@@ -1002,8 +1150,9 @@ def load_judge(source, device="cpu", precision="auto"):
 
 def _config_of(path: Path) -> dict:
     """The fields of a config.json, of whatever kind."""
-    with contextlib.suppress(json.JSONDecodeError):
-        found = json.loads(_text(path))
+    text = _text(path)
+    with contextlib.suppress(ValueError, RecursionError):
+        found = json.loads(text)
         return found if isinstance(found, dict) else {}
     return {}
 
