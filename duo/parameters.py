@@ -6,11 +6,11 @@
 __all__ = ['FREE', 'PATHS', 'RANGES', 'CHECKS', 'SMOKE', 'printable', 'shown', 'RunError', 'find', 'read_text', 'read_json',
            'find_root', 'here', 'outputs', 'targets', 'find_target', 'Parameter', 'read_parameters', 'read_lines',
            'read_flat', 'read_yaml', 'read_overrides', 'read_keywords', 'check_ranges', 'check_data',
-           'check_conditional', 'check_window', 'check_images', 'check_method', 'check_course', 'check_start',
-           'check_train', 'check_checkpoint', 'check_weights', 'check_likelihood', 'check_sample', 'check_solve',
-           'check_puzzles', 'check_fid', 'check_harness', 'check_distil', 'check_methods', 'check_bench', 'launcher',
-           'processes', 'check_devices', 'check', 'check_paths', 'shrunk', 'needed', 'Job', 'plan', 'table', 'listing',
-           'describe']
+           'check_conditional', 'check_length', 'check_window', 'check_images', 'check_method', 'check_course',
+           'check_start', 'check_train', 'check_checkpoint', 'check_weights', 'check_likelihood', 'check_draws',
+           'check_text', 'check_sample', 'check_judge', 'check_cost', 'check_solve', 'check_puzzles', 'check_fid',
+           'check_harness', 'check_distil', 'check_methods', 'check_bench', 'launcher', 'processes', 'check_devices',
+           'check', 'check_paths', 'shrunk', 'needed', 'Job', 'plan', 'table', 'listing', 'describe']
 
 # %% ../nbs/14_parameters.ipynb #66f8238d
 import ast
@@ -430,16 +430,19 @@ _AT_LEAST_ONE = ("length hidden_size n_blocks n_heads cond_dim batch_size device
                  "T teacher_steps ar_length stride corrections symbols hidden scaling_vocab scaling_length scaling_batch scaling_rounds box_rows box_columns train test copies "
                  "halve_every").split()
 RANGES = {key: (lambda v: v >= 1, "at least 1") for key in _AT_LEAST_ONE}
-RANGES |= {key: (lambda v: v >= 0, "at least 0") for key in "warmup_steps curriculum_steps weight_decay grad_clip seed compare synthetic_mb num_fewshot tau_hold lr_min valid_samples".split()}
-RANGES |= {"vocab_size": (lambda v: v >= 2, "at least 2"), "p_uniform": (lambda v: 0 < v < 1, "above 0, below 1"), "schedule_eps": (lambda v: 0 < v < 1, "above 0, below 1")}
+RANGES |= {key: (lambda v: v >= 0, "at least 0") for key in "warmup_steps curriculum_steps weight_decay grad_clip compare synthetic_mb num_fewshot tau_hold lr_min valid_samples".split()}
+RANGES |= {"vocab_size": (lambda v: v >= 2, "at least 2"), "p_uniform": (lambda v: 0 < v < 1, "above 0, below 1"), "schedule_eps": (lambda v: 0 < v <= 0.05, "above 0, up to 0.05 (a bound does not count what is left at t = 1)"),
+           "seed": (lambda v: 0 <= v < 2**63, "0 or more, below 2^63"), "t_last": (lambda v: 0 < v < 1, "above 0, below 1")}
+_MOST = max(64, os.cpu_count() or 1)
+RANGES |= {key: (lambda v: 1 <= v <= _MOST, f"from 1 to {_MOST} (this machine has {os.cpu_count()} cores)") for key in ("threads", "workers")}
 RANGES |= {key: (lambda v: v > 0, "above 0") for key in "lr tau tau_end delta delta_max temperature settled adam_eps".split()}
 RANGES |= {key: (lambda v: 0 <= v < 1, "0 or more, below 1") for key in "dropout ema label_dropout t_min betas".split()}
 RANGES |= {key: (lambda v: 0 < v <= 1, "above 0, up to 1") for key in "top_p share".split()}
 
 
 def check_ranges(params):
-    """Numbers outside their range in `RANGES`, whatever the verb; of a list, every number counts, and an empty one is too short."""
-    problems = []
+    """Numbers outside their range in `RANGES`, whatever the verb; of a list, every number counts, and an empty list, of whatever it is, is too short."""
+    problems = [f"{key}: given []; allowed: at least one value" for key, value in params.items() if value == [] and key not in RANGES]
     for key in RANGES.keys() & params.keys():
         test, words = RANGES[key]
         values = params[key] if isinstance(params[key], list) else [params[key]]
@@ -552,8 +555,8 @@ def _first(name, split):
     """The first line of a .jsonl file, or of a directory with one, where it is conditional data; None elsewhere."""
     file = Path(name) / f"{split}.jsonl" if Path(name).is_dir() else Path(name)
     if file.suffix == ".jsonl" and file.is_file():
-        with contextlib.suppress(ValueError), file.open(encoding="utf-8") as lines:
-            first = json.loads(lines.readline())
+        with contextlib.suppress(ValueError, RecursionError), file.open(encoding="utf-8") as lines:
+            first = json.loads(lines.readline(2**20))
             return first if isinstance(first, dict) and {"prompt", "known"} & set(first) else None
     return None
 
@@ -578,6 +581,23 @@ def check_conditional(params):
         if out:
             break
     return out
+
+
+def check_length(params):
+    """A block that is longer than a split of text that is here; one that is long beside it is tried."""
+    from duo.data import DATASETS, load_blocks
+    from duo.images import is_images
+
+    name, out = params["data"], []
+    if is_images(name) or not _bundled(params["tokenizer"]) or name in DATASETS and (DATASETS[name].hub or not DATASETS[name].read):
+        return []
+    size = 10**6 if name in DATASETS else sum(file.stat().st_size for file in ([Path(name)] if Path(name).is_file() else Path(name).glob("*")))
+    for split in ("train", "valid") if 1000 * params["length"] > size else ():
+        try:
+            load_blocks(name, split, params["tokenizer"], params["length"])
+        except ValueError as error:
+            out.append(f"length: given {params['length']}; {error}")
+    return out[:1]
 
 
 def check_window(params):
@@ -679,8 +699,8 @@ def check_start(p):
     if p.get("start") is None:
         return []
     known = {"checkpoint": p["start"], "tokenizer": None if Path(p["tokenizer"]).is_dir() else p["tokenizer"]}
-    out, path = [problem.replace("checkpoint:", "start:", 1) for problem in check_checkpoint(known)], Path(p["start"], "config.json")
-    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"model_type": "not here"}
+    out = [problem.replace("checkpoint:", "start:", 1) for problem in check_checkpoint(known)]
+    config = _config(p["start"]) or {"model_type": "not here"}
     if out or "model_type" in config:  # of the hub's: whether it fits is found when it is there
         return out
     fits = lambda method: network_vocab(method, 4) == network_vocab(config["method"], 4) and (method == "ar") == (config["method"] == "ar")
@@ -696,7 +716,7 @@ def check_start(p):
 def check_train(params):
     """Problems of a training's parameters taken together, as a list of "key: what is given; what is allowed"."""
     p, out = params, check_data(params) + check_window(params) + check_images(params)
-    out += [] if out else check_conditional(params)
+    out += [] if out else check_conditional(params) or ([] if params.get("streaming") else check_length(params))
     if p["backbone"] == "dit" and p["n_heads"] > 0 and (p["hidden_size"] % p["n_heads"] or p["hidden_size"] // p["n_heads"] % 2):
         out.append(f"hidden_size: given {p['hidden_size']} for {p['n_heads']} heads; allowed: n_heads times an even number")
     out += check_method(p) + check_course(p) + check_start(p)
@@ -722,6 +742,7 @@ def check_checkpoint(params):
     tokenizer lacks, another tokenizer than the checkpoint's. A name on the hub is left to the run."""
     from duo.data import tokenizer_from_json
     from duo.images import is_images
+    from duo.likelihood import METHODS
 
     out, folder = check_data(params), Path(params["checkpoint"])
     given = f"checkpoint: given {params['checkpoint']}"
@@ -733,14 +754,17 @@ def check_checkpoint(params):
                        f"{key}: given {params[key]}; allowed: a folder that exists, as duo-run train/NAME writes it, a Lightning .ckpt, or a name on the hub")
     if not folder.is_dir():
         return out
+    for file in ("config.json", "tokenizer.json"):
+        if not (folder / file).exists() and not (file == "tokenizer.json" and "model_type" in (_config(folder) or ())):
+            return [f"{given}, which has no {file}; allowed: a folder that duo.hub.save wrote"] + out
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = _config(folder)
         if "model_type" in config:  # of the hub's; it is for duo.hub.load to say what is wrong with it
             return out
-        tokenizer = tokenizer_from_json((folder / "tokenizer.json").read_text(encoding="utf-8"))
+        tokenizer = tokenizer_from_json(read_text(folder / "tokenizer.json"))
         name, length = config["tokenizer"], config["length"]
-    except FileNotFoundError as error:
-        return [f"{given}, which has no {Path(error.filename).name}; allowed: a folder that duo.hub.save wrote"] + out
+        if config.get("method", "duo") not in METHODS or type(length) is not int or length < 1:
+            raise ValueError("its method or length is none")
     except (ValueError, KeyError, TypeError) as error:
         return [f"{given}, where config.json or tokenizer.json is damaged ({error}); allowed: what duo.hub.save wrote"] + out
     if params.get("tokenizer") not in (None, name):
@@ -765,6 +789,15 @@ def check_checkpoint(params):
     return out
 
 
+def _config(folder):
+    """The config.json of a checkpoint's folder as a dict, None where there is none. Raises ValueError where it is damaged."""
+    path = Path(folder, "config.json")
+    try:
+        return read_json(path) if folder and find(path) else None
+    except ValueError as error:
+        raise ValueError(f"{path.as_posix()}{error}") from None
+
+
 def check_weights(params):
     """Checkpoints here that `duo.hub.load` would refuse, as far as this shows without reading their weights."""
     out = []
@@ -783,7 +816,19 @@ def check_likelihood(params):
     """Those of `check_checkpoint`, and conditional data, of which a likelihood without the condition says nothing."""
     names = params["data"] if isinstance(params["data"], list) else [params["data"]]
     given = [name for name in names for split in ("train", "valid", "test") if _first(name, split)]
-    return check_checkpoint(params) + [f"data: given {name}, which is conditional; allowed: text" for name in dict.fromkeys(given)]
+    return check_checkpoint(params) + check_draws(params) + [f"data: given {name}, which is conditional; allowed: text" for name in dict.fromkeys(given)]
+
+
+def check_draws(params):
+    """One draw of a bound, which leaves its error unknown; what is exact has none."""
+    method = (_config(params["checkpoint"]) or {}).get("method", "ar")
+    return [f"draws: given 1 with a checkpoint of method {method}; allowed: at least 2, for a standard error"] if params.get("draws") == 1 and method != "ar" else []
+
+
+def check_text(params):
+    """A model of puzzles, which writes no text."""
+    name = str((_config(params["checkpoint"]) or {}).get("tokenizer"))
+    return [f"checkpoint: given {params['checkpoint']}, a model of puzzles ({name}); allowed: of text or images, or duo-run solve/NAME"] if name.startswith("sudoku") else []
 
 
 _SAMPLER_KEYS = "sampler kappa eta alpha_on t_on t_off high low high_frac middle_frac hold t_last share corrections high_eta low_eta".split()
@@ -794,21 +839,60 @@ def check_sample(params):
     for a model without labels, and strides that are none."""
     from duo.samplers import KAPPAS, make_sampler
 
-    out, path = check_checkpoint(params), Path(params["checkpoint"], "config.json")
+    out, config = check_checkpoint(params) + check_judge(params), _config(params["checkpoint"])
+    out += check_cost(params, (config or {}).get("length", 1024), (config or {}).get("method"))
     if params.get("sampler") == "psi" and params.get("kappa") is None:
         return out + [f"kappa: given null with sampler psi; allowed: a number from 0 to 1, or one of {', '.join(KAPPAS)}"]
     try:
         how = make_sampler(**{k: params[k] for k in _SAMPLER_KEYS if k in params})
     except ValueError as error:
         return out + [f"sampler: {error}"]
-    config = Path(params.get("judge") or "", "config.json")
-    if params.get("mauve") and (not params["judge"] or config.is_file() and '"method"' in config.read_text(encoding="utf-8")):  # ours
+    if params.get("mauve") and (not params["judge"] or "method" in (_config(params["judge"]) or ())):  # ours
         out.append(f"mauve: given true with judge {params['judge']}; allowed: false, or a causal language model of transformers as judge")
     if params.get("mauve") and importlib.util.find_spec("mauve") is None:
         out.append("mauve: given true, but mauve-text is not installed; pip install 'duo-diffusion[eval]' brings it")
     if any(w != 1 for w in params.get("guidance", ())) and params["labels"] is None:
         out.append(f"guidance: given {params['guidance']} without labels; allowed: [1.0], or labels to be guided to")
-    return out if out or not path.is_file() else _check_fit(params, how, json.loads(path.read_text(encoding="utf-8")))
+    if params.get("hold") is not None and params.get("kappa") == 1:
+        out.append(f"hold: given {params['hold']} with kappa 1, for which time that stands still changes nothing; allowed: null, or kappa below 1")
+    return out if out or not config or "method" not in config else _check_fit(params, how, config)
+
+
+def check_judge(params):
+    """A judge of ours that is not autoregressive, or whose tokenizer lacks symbols that the checkpoint may write."""
+    from duo.data import CharTokenizer, tokenizer_from_json
+
+    judge = _config(params.get("judge") or "")
+    if not judge or "method" not in judge:
+        return []
+    if judge["method"] != "ar":
+        return [f"judge: given {params['judge']}, a model of method {judge['method']}; allowed: an autoregressive one (ar)"]
+    files = [Path(params[key], "tokenizer.json") for key in ("judge", "checkpoint")]
+    if not all(file.is_file() for file in files):
+        return []
+    its, ours = (tokenizer_from_json(read_text(file)) for file in files)
+    if not isinstance(its, CharTokenizer):
+        return []
+    lacking = {*(ours.alphabet if isinstance(ours, CharTokenizer) else "\n.,")} - {*its.alphabet}
+    return [f"judge: given {params['judge']}, whose tokenizer {its.name} lacks {shown(min(lacking))}; allowed: a judge of the checkpoint's alphabet"] if lacking else []
+
+
+_MOST_CALLS = 10**6, 10**8  # network calls one after the other for a text; in all
+
+
+def check_cost(params, block, method=None):
+    """Samples that would take more network calls than a machine makes in weeks."""
+    length = params.get("length") or block
+    strides = 1 + max(0, -(-(length - block) // (params.get("stride") or max(1, block // 2))))
+    steps = params.get("steps") or [1]
+    calls = [length] if method == "ar" else [number * strides for number in steps]
+    batches = -(-(params.get("n") or 1) // params.get("batch_size", 1)) * len(params.get("guidance", [1.0]))
+    if max(calls) > _MOST_CALLS[0]:
+        key = "length" if strides > 1 else "steps"
+        return [f"{key}: given {params[key]}, which takes {max(calls):,} network calls one after the other for a text; allowed: up to {_MOST_CALLS[0]:,}"]
+    if sum(calls) * batches > _MOST_CALLS[1]:
+        return [f"n: given {params['n']}, which takes {sum(calls) * batches:,} network calls in batches of {params['batch_size']}; allowed: up to {_MOST_CALLS[1]:,}"]
+    return []
 
 
 def _check_fit(params, sampler, config):
@@ -838,24 +922,30 @@ def _check_fit(params, sampler, config):
 
 def check_solve(params):
     """Those of `check_sample`, and puzzles of another size than the checkpoint's."""
-    out, size, config = check_puzzles(params) + check_sample(params), params["box_rows"] * params["box_columns"], Path(params["checkpoint"], "config.json")
-    if not out and config.is_file():
-        config = json.loads(config.read_text(encoding="utf-8"))
-        if config["tokenizer"] != f"sudoku{size}":
-            out.append(f"box_rows: given {params['box_rows']} x {params['box_columns']} boxes for a checkpoint of tokenizer {config['tokenizer']}; allowed: one of tokenizer sudoku{size}")
-    if not out and not _first(params["data"], params["split"]):
+    from duo.sudoku import Boxes, solved
+
+    rows, columns, config = params["box_rows"], params["box_columns"], _config(params["checkpoint"])
+    if not 2 <= rows * columns <= 16:
+        return [f"box_rows: given {rows} x {columns} cells in a box; allowed: from 2 to 16"]
+    out = check_sample(params)
+    if not out and config and config.get("tokenizer") != f"sudoku{rows * columns}":
+        out.append(f"box_rows: given {rows} x {columns} boxes for a checkpoint of tokenizer {config.get('tokenizer')}; allowed: one of tokenizer sudoku{rows * columns}")
+    if not out and not (line := _first(params["data"], params["split"])):
         out.append(f"data: given {params['data']}, where {params['split']} is not conditional; allowed: what duo-run puzzles/NAME writes")
+    elif not out and (len(answer := str(line.get("text"))) != (rows * columns)**2 or not solved("." * len(answer), answer, Boxes(rows, columns))):
+        out.append(f"box_rows: given {rows} x {columns} boxes, in which the first grid of {params['data']} is none; allowed: the boxes that its puzzles were made with")
     return out
 
 
 def check_puzzles(params):
-    """Boxes that no puzzle can have."""
+    """Boxes that are too small for a hard puzzle, or too large to find puzzles in minutes."""
     size = params["box_rows"] * params["box_columns"]
-    return [] if 2 <= size <= 16 else [f"box_rows: given {params['box_rows']} x {params['box_columns']} cells in a box; allowed: from 2 to 16"]
+    return [] if 5 <= size <= 12 else [f"box_rows: given {params['box_rows']} x {params['box_columns']} cells in a box; allowed: from 5, below which no puzzle is hard, to 12, "
+                                       "above which a puzzle takes minutes to find, at 16 hours"]
 
 
 def check_fid(params):
-    """Those of `check_sample`, data that are no images, and guidance without labels."""
+    """Those of `check_sample`, data that are no images or too few, and guidance without labels."""
     from duo.images import is_images
 
     out = check_sample(params | {"labels": None, "guidance": [1.0]})
@@ -874,11 +964,10 @@ def check_fid(params):
     return out
 
 
+
 def check_harness(params):
     """Those of `check_checkpoint`, no tasks, and the harness itself where it is not installed."""
-    out = check_checkpoint(params)
-    if not params["tasks"]:
-        out.append("tasks: given []; allowed: austen_cloze, austen_rolling and tasks of lm-evaluation-harness")
+    out = check_checkpoint(params) + check_draws(params) + check_text(params)
     if importlib.util.find_spec("lm_eval") is None:
         return out + ["tasks: lm-evaluation-harness is not installed; allowed: after pip install 'duo-diffusion[eval]'"]
     from lm_eval.tasks import TaskManager
@@ -894,13 +983,13 @@ def check_distil(params):
     """Those of `check_likelihood`, a window of α that is none, and a checkpoint of a method that `distillation.distillable` does not name."""
     from duo.distillation import distillable
 
-    out, path = check_likelihood(params) + check_window(params), Path(params["checkpoint"], "config.json")
+    out = check_likelihood(params) + check_window(params)
     if params["delta_max"] is not None and params["delta_max"] < params["delta"]:
         out.append(f"delta_max: given {params['delta_max']} with delta {params['delta']}; allowed: null, or at least delta")
-    config = json.loads(path.read_text(encoding="utf-8")) if not out and path.is_file() else {"method": "duo"}
-    if (method := config["method"]) not in (allowed := distillable()):
+    config = None if out else _config(params["checkpoint"])
+    if (method := (config or {"method": "duo"}).get("method")) not in (allowed := distillable()):
         out.append(f"checkpoint: given {params['checkpoint']}, a model of method {method}; allowed: {', '.join(allowed)}")
-    elif method == "mdlm" and config.get("network") == "unet":
+    elif method == "mdlm" and config and config.get("network") == "unet":
         out.append(f"checkpoint: given {params['checkpoint']}, a U-Net of method mdlm; allowed: of a masked model, a transformer")
     return out
 
@@ -913,7 +1002,7 @@ def check_methods(params):
             out.append(f"models: given {name}, which has no checkpoint in outputs/train/{name}; allowed after duo-run train/{name}")
     if params["judge"] and not Path(params["judge"]).is_dir() and not _on_hub(params["judge"]):
         out.append(f"judge: given {params['judge']}; allowed: a folder that exists, a name on the hub, or null")
-    return out + ([] if params["models"] else ["models: given []; allowed: at least one name of a training"])
+    return out
 
 
 def check_bench(params):
@@ -932,7 +1021,7 @@ def check_bench(params):
     return out
 
 
-CHECKS = {"train": check_train, "sample": check_sample, "likelihood": check_likelihood, "zero_shot": check_likelihood, "puzzles": check_puzzles, "solve": check_solve,
+CHECKS = {"train": check_train, "sample": lambda params: check_sample(params) + check_text(params), "likelihood": check_likelihood, "zero_shot": check_likelihood, "puzzles": check_puzzles, "solve": check_solve,
           "distil": check_distil, "prepare": check_data, "harness": check_harness, "methods": check_methods, "fid": check_fid, "bench": check_bench}
 
 # %% ../nbs/14_parameters.ipynb #e1630eff
