@@ -492,14 +492,14 @@ if triton is not None:
     def _(table, bias, xt, prior, alpha, seed, skip, top_p):
         return torch.empty_like(xt)
 
-# %% ../nbs/04_kernels.ipynb #0aea7f89
+# %% ../nbs/04_kernels.ipynb #e84036c3
 #| eval: false
 class Rows:
     "An operator with its arguments: tensors with a number for each row, and constants."
     whole = True  # takes a chunk of rows at once
 
     def __init__(self, name, tensors, *constants):
-        self.operator, self.tensors, self.constants = OPS[name], tensors, constants
+        self.operator, self.tensors, self.constants = OPS[name], [t.contiguous() for t in tensors], constants
 
     def __call__(self, table, bias, i, grad):
         "(loss, factor), (n,) float32, of the logits `table` of the rows `i`, which with `grad` become their gradient over `factor`."
