@@ -6,8 +6,9 @@
 __all__ = ['AUSTEN_ALPHABET', 'AUSTEN_BOOKS', 'DETOKENIZERS', 'DATASETS', 'SPLITS', 'CharTokenizer', 'Text8Tokenizer',
            'SubwordTokenizer', 'BPETokenizer', 'train_bpe', 'PixelTokenizer', 'tokenizer', 'tokenizer_from_json',
            'austen_books', 'synthetic_chain', 'synthetic_bits', 'detokenize', 'DataSet', 'Texts', 'check_split',
-           'documents', 'Blocks', 'pack', 'pad', 'Conditional', 'conditional', 'TokenFile', 'contents', 'store_path',
-           'prepare', 'check_text', 'load_blocks', 'Batches', 'Streamed']
+           'documents', 'Blocks', 'characters', 'pack', 'pad_symbol', 'pad', 'Conditional', 'conditional', 'TokenFile',
+           'contents', 'store_path', 'prepare', 'own_frame', 'end_symbol', 'check_text', 'load_blocks', 'Batches',
+           'Streamed']
 
 # %% ../nbs/08_data.ipynb #edc3f37f
 import contextlib
@@ -152,16 +153,21 @@ class SubwordTokenizer:
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=False)
 
     @cached_property
+    def special(self):
+        """The ids of special tokens: those that the backend calls so, and this tokenizer's own bos, eos and pad."""
+        theirs = {i for i, token in self.backend.get_added_tokens_decoder().items() if token.special}
+        return sorted(theirs | {i for i in (self.bos_id, self.eos_id, self.pad_id) if i is not None})
+
+    @cached_property
     def chars(self):
-        """(V,) characters that each symbol stands for; special tokens count none."""
+        """(V,) characters that each symbol stands for; special tokens count none, other added ones what they are decoded to."""
         if self._parts["decoder"] != "ByteLevel":
             return None
         byte = {c: b for b, c in _byte_characters().items()}
-        out = np.zeros(self.vocab_size, dtype=np.int64)
-        special = {t.content for t in self.backend.get_added_tokens_decoder().values()}
+        out, added = np.zeros(self.vocab_size, dtype=np.int64), self.backend.get_added_tokens_decoder()
         for symbol, i in self.backend.get_vocab().items():
-            if symbol not in special:
-                out[i] = sum(byte[c] & 0xC0 != 0x80 for c in symbol)
+            out[i] = len(self.decode([i])) if i in added else sum(byte[c] & 0xC0 != 0x80 for c in symbol)
+        out[self.special] = 0
         return out
 
     def to_json(self):
@@ -698,13 +704,15 @@ class Blocks:
 
     `len(blocks)` blocks in a fixed order; `n_tokens` and `n_chars` are the tokens that count and the characters that they decode to, in
     total, `chars` (N,) the latter per block. `mask` (N, L) is None where every token counts. Made by `pack`, `pad` and `load_blocks`.
-    `stream` (n,) holds the tokens of all documents; with their `ends` (N,) each fills one block, `pad_id` following; without, they are packed."""
+    `stream` (n,) holds the tokens of all documents; with their `ends` (N,) each fills one block, `pad_id` following; without, they are packed.
+    `frame` is (bos, eos), the symbols around the text of each block, bos None where it has none, or ()."""
 
     def __init__(self, stream, length, tokenizer, ends=None, frame=(), pad_id=0, crops=False):
-        if len(frame) not in (0, 2) or length <= len(frame):
+        self.begins, self.content = len(frame) == 2 and frame[0] is not None, length - _around(frame)
+        if len(frame) not in (0, 2) or self.content < 1:
             raise ValueError(f"length must exceed the frame and frame be () or (bos, eos), got length={length}, frame={tuple(frame)}")
         self.stream, self.length, self.tokenizer, self.ends, self.frame = stream, length, tokenizer, ends, tuple(frame)
-        self.pad_id, self.crops, self.content = pad_id, crops, length - len(frame)
+        self.pad_id, self.crops = pad_id, crops
         self.n_blocks = len(stream) // self.content if ends is None else len(ends)
         if self.n_blocks == 0:
             raise ValueError(f"{len(stream)} tokens do not fill one block of length={length}")
@@ -725,12 +733,13 @@ class Blocks:
             raise IndexError(f"index must be from 0 to {len(self) - 1}, got {np.min(index)} to {np.max(index)} (offset {np.max(offset)})")
         if self.ends is not None:
             start, size = self._document(index)
-        place = np.arange(self.length) - len(self.frame) // 2
+        place = np.arange(self.length) - self.begins
         inside = (place >= 0) & (place < size[..., None])
         tokens = np.where(inside, self.stream[start[..., None] + np.where(inside, place, 0)].astype(np.int64), self.pad_id)
-        if self.frame:
+        if self.begins:
             tokens[..., 0] = self.frame[0]
-            np.put_along_axis(tokens, np.broadcast_to(size + 1, index.shape)[..., None], self.frame[1], -1)
+        if self.frame:
+            np.put_along_axis(tokens, np.broadcast_to(size + self.begins, index.shape)[..., None], self.frame[1], -1)
         return torch.from_numpy(tokens)
 
     def _document(self, index):
@@ -740,7 +749,13 @@ class Blocks:
 
     def mask_of(self, index):
         """(n, L) bool, the tokens of blocks `index` that count; None where all do."""
-        return None if self.ends is None else np.arange(self.length) < (self._document(np.asarray(index))[1] + len(self.frame))[..., None]
+        return None if self.ends is None else np.arange(self.length) < (self._document(np.asarray(index))[1] + self.length - self.content)[..., None]
+
+    def _text_of(self, index):
+        """(n, L) bool, the tokens of blocks `index` that are text, not its frame."""
+        size = np.full(len(index), self.content) if self.ends is None else self._document(index)[1]
+        place = np.arange(self.length) - self.begins
+        return (place >= 0) & (place < size[:, None])
 
     @property
     def mask(self):
@@ -755,15 +770,15 @@ class Blocks:
 
     @cached_property
     def chars(self):
-        """(N,) characters that the tokens of each block stand for."""
-        return np.concatenate([_count_chars(self.rows(i).numpy(), self.tokenizer, self.mask_of(i)) for i in _ranges(len(self), 4096)])
+        """(N,) characters that the text of each block is decoded to."""
+        return np.concatenate([characters(self.rows(i).numpy(), self.tokenizer, self._text_of(i)) for i in _ranges(len(self), 4096)])
 
     @cached_property
     def n_tokens(self):
         """Tokens that count: all of them, or those under the mask."""
         if self.ends is None:
             return len(self) * self.length
-        return sum(int((self._document(i)[1] + len(self.frame)).sum()) for i in _ranges(len(self), 1 << 20))
+        return sum(int((self._document(i)[1] + self.length - self.content).sum()) for i in _ranges(len(self), 1 << 20))
 
     @property
     def n_chars(self):
@@ -775,12 +790,14 @@ class Blocks:
         return nats_per_token * self.n_tokens / (self.n_chars * np.log(2))
 
 # %% ../nbs/08_data.ipynb #52a95dd3
-def _count_chars(rows, tokenizer, mask=None):
-    """Characters per row of (N, L) tokens. Special tokens, and ids beyond the vocabulary such as an added BOS, stand for none."""
+def characters(rows, tokenizer, mask=None):
+    """(N,) characters of each row of (N, L) tokens: the length of what those under the `mask` are decoded to. Special tokens, and ids beyond the vocabulary
+    such as an added BOS, stand for none. Everything here that is said per character counts these."""
+    rows = np.asarray(rows)
     keep = np.ones(rows.shape, bool) if mask is None else mask
     if tokenizer.chars is not None:
         return (np.pad(tokenizer.chars, (0, 2))[np.minimum(rows, tokenizer.vocab_size)] * keep).sum(-1)
-    keep = keep & (rows < tokenizer.vocab_size) & ~np.isin(rows, [i for i in (tokenizer.bos_id, tokenizer.eos_id) if i is not None])
+    keep = keep & (rows < tokenizer.vocab_size) & ~np.isin(rows, tokenizer.special)
     return np.array([len(tokenizer.decode(row[k])) for row, k in zip(rows, keep)], dtype=np.int64)
 
 
@@ -814,16 +831,16 @@ def pack(texts, tokenizer, length, separator=(), frame=()):
     return Blocks(stream[:len(stream) - len(separator)], length, tokenizer, frame=frame)
 
 
-def _pad_id(tokenizer):
-    return next((i for i in (getattr(tokenizer, "pad_id", None), tokenizer.eos_id) if i is not None), 0)
+def pad_symbol(tokenizer, frame=()):
+    return next((i for i in (getattr(tokenizer, "pad_id", None), tokenizer.eos_id, *frame[1:]) if i is not None), 0)
 
 
 def pad(texts, tokenizer, length, frame=(), pad_id=None):
     """One text a block: cut off at `length` tokens or filled with `pad_id` (default: the tokenizer's pad, eos or 0), left out by `mask`.
 
-    `frame=(bos, eos)` puts these around each text; they count as tokens and stand for no characters. Texts without a token are left out."""
+    `frame=(bos, eos)` puts these around each text, (None, eos) only the end; they count as tokens and stand for no characters. Texts without a token are left out."""
     stream, ends = _encode(texts, tokenizer)
-    return Blocks(stream, length, tokenizer, ends, frame, _pad_id(tokenizer) if pad_id is None else pad_id)
+    return Blocks(stream, length, tokenizer, ends, frame, pad_symbol(tokenizer, frame) if pad_id is None else pad_id)
 
 # %% ../nbs/08_data.ipynb #4bacee64
 class Conditional(Blocks):
@@ -836,6 +853,8 @@ class Conditional(Blocks):
     def mask_of(self, index):
         """(n, L) bool, the tokens of blocks `index` that count: those that are not given."""
         return ~self.fixed[index]
+
+    _text_of = mask_of
 
     def more(self, index):
         """`weights` and `fixed`, as in `Blocks`."""
@@ -1068,6 +1087,43 @@ def _separator(tokenizer, kind):
         return ()
 
 
+def own_frame(tokenizer):
+    """The frame (bos, eos) of a tokenizer's own symbols; () where it lacks one of them."""
+    frame = tokenizer.bos_id, tokenizer.eos_id
+    return () if None in frame else frame
+
+
+def _around(frame):
+    """The number of symbols that a frame puts around a text."""
+    return sum(symbol is not None for symbol in frame)
+
+
+def end_symbol(tokenizer):
+    """The symbol that ends a padded text: the tokenizer's own, else that of a line break. ValueError where it has neither."""
+    if tokenizer.eos_id is not None:
+        return tokenizer.eos_id
+    for text in ("\n\n", "\n"):
+        try:
+            if len(ids := tokenizer.encode(text)) == 1 and tokenizer.decode(ids) == text:
+                return int(ids[0])
+        except ValueError:
+            continue
+    raise ValueError(f"layout: given padded with tokenizer {tokenizer.name!r}, which has no symbol that ends a text, nor one for a line break; allowed: packed")
+
+
+def _frame(row, tokenizer, padded):
+    """The frame of a data set's blocks: the tokenizer's own symbols where the row has one; texts of which each has a block end in any case."""
+    frame = own_frame(tokenizer) if row.frame else ()
+    return frame or ((None, end_symbol(tokenizer)) if padded else ())
+
+
+def _check_ends(stream, frame, tokenizer):
+    """ValueError where a text of padded ones holds the line break that would end it; `stream` are their tokens, a mapped file among others."""
+    if frame and tokenizer.eos_id is None and any((stream[a:a + (1 << 24)] == frame[1]).any() for a in range(0, len(stream), 1 << 24)):
+        raise ValueError(f"layout: given padded for texts with a {tokenizer.decode([frame[1]])!r}, which ends a text where tokenizer {tokenizer.name!r} has no symbol for it; "
+                         "allowed: packed, texts without it, or a tokenizer with an end of text")
+
+
 def _lost(data, split, texts, tokenizer):
     """The share of letters that text8's symbols lose, judged by a million characters that are spread over the texts; ValueError above half."""
     if not isinstance(tokenizer, Text8Tokenizer):
@@ -1089,7 +1145,7 @@ def _form(data, tokenizer, layout=None, separator=None):
     row = DATASETS.get(data, _MINE)
     padded = row.padded if layout is None else layout == "padded"
     between = () if padded else _separator(tokenizer, row.separator if separator is None else separator)
-    return padded, between, (tokenizer.bos_id, tokenizer.eos_id) if row.frame and None not in (tokenizer.bos_id, tokenizer.eos_id) else ()
+    return padded, between, _frame(row, tokenizer, padded)
 
 
 def check_text(data, split, tokenizer, length, layout=None, separator=None):
@@ -1103,13 +1159,15 @@ def check_text(data, split, tokenizer, length, layout=None, separator=None):
     _lost(data, split, texts, tokenizer)
     if row is None and type(tokenizer) is CharTokenizer:
         tokenizer.encode_batch(islice(texts, 10_000))
-    tokens, content = 0, length - len(frame)
+    if padded:
+        _check_ends(_encode(islice(texts, 10_000), tokenizer)[0], frame, tokenizer)
+    tokens, content = 0, length - _around(frame)
     for text in texts:
         ids = tokenizer.encode(text[:64 * content])
         tokens += len(ids) + len(between) if len(ids) else 0
         if padded and len(ids) or tokens - len(between) >= content or len(text) > 64 * content:
             return
-    raise ValueError(_few(data, split, max(tokens - len(between), 0), length, len(frame)))
+    raise ValueError(_few(data, split, max(tokens - len(between), 0), length, _around(frame)))
 
 
 def _few(data, split, tokens, length, frame):
@@ -1120,28 +1178,34 @@ def _few(data, split, tokens, length, frame):
     return f"{tokens} tokens do not fill one block of length={length} (data {data}, split {split}); allowed: {shorter}{times} times as much text{file}"
 
 
-def load_blocks(data, split, tokenizer, length, layout=None, separator=None, workers=None, progress=False):
+def load_blocks(data, split, tokenizer, length, layout=None, separator=None, workers=None, progress=False, frame=None):
     """The `Blocks` of a split of a data set (a name in `DATASETS` or a path), by a tokenizer or the name of one. `layout` "packed" or "padded" and `separator` "eos" or "" (between documents) replace what the row of the data set says.
-    Files of one's own whose rows have a field "prompt" or "known" give `Conditional` blocks.
+    Files of one's own whose rows have a field "prompt" or "known" give `Conditional` blocks. `frame` is that of `Blocks`, a model's own; by default that of the row,
+    the tokenizer's symbols around each block or none, and padded texts without one are followed by one that ends them (the tokenizer's, or a line break).
 
     Raises ValueError where the text does not fill one block: a set that is empty at this length has no perplexity."""
     if layout not in (None, "packed", "padded"):
         raise ValueError(f"layout must be packed or padded, got {layout!r}")
     check_split(data, split)
     tokenizer = _tokenizer_of(tokenizer)
-    row, (padded, between, frame) = DATASETS.get(data, _MINE), _form(data, tokenizer, layout, separator)
+    row, (padded, between, own) = DATASETS.get(data, _MINE), _form(data, tokenizer, layout, separator)
+    frame = own if frame is None else frame
     try:
         if (lines := _conditional(data, split)) is not None:
             return conditional(lines, tokenizer, length)
         if not row.store:
             texts = documents(data, split)
-            return pad(texts, tokenizer, length, frame) if padded else pack(texts, tokenizer, length, between, frame)
-        folder = prepare(data, split, tokenizer, between, workers, progress)
-        stream = TokenFile(folder / "tokens.bin", _compact(tokenizer.vocab_size))
-        return Blocks(stream, length, tokenizer, TokenFile(folder / "ends.bin", np.int64) if padded else None, frame, _pad_id(tokenizer), row.crops)
+            blocks = pad(texts, tokenizer, length, frame) if padded else pack(texts, tokenizer, length, between, frame)
+        else:
+            folder = prepare(data, split, tokenizer, between, workers, progress)
+            stream = TokenFile(folder / "tokens.bin", _compact(tokenizer.vocab_size))
+            blocks = Blocks(stream, length, tokenizer, TokenFile(folder / "ends.bin", np.int64) if padded else None, frame, pad_symbol(tokenizer, frame), row.crops)
+        if padded:
+            _check_ends(blocks.stream, frame, tokenizer)
+        return blocks
     except ValueError as error:
         if found := re.match(r"(\d+) tokens do not fill", str(error)):
-            raise ValueError(_few(data, split, int(found[1]), length, len(frame))) from None
+            raise ValueError(_few(data, split, int(found[1]), length, _around(frame))) from None
         raise ValueError(f"{error}{f' (data {data}, split {split})' if str(error).startswith('line ') else ''}") from None
 
 # %% ../nbs/08_data.ipynb #3a0e1903

@@ -537,7 +537,7 @@ def _check_fill(tokenizer, length, splits, params):
 
 def _check_form(name, splits, params):
     """A layout or separator for data without documents, and one that goes with another layout; none where the verb has no `layout`."""
-    from duo.data import DATASETS
+    from duo.data import DATASETS, end_symbol, tokenizer
     from duo.images import is_images
 
     given = {key: params[key] for key in ("layout", "separator") if "layout" in params and params[key] != "auto"}
@@ -548,6 +548,11 @@ def _check_form(name, splits, params):
     padded = given["layout"] == "padded" if "layout" in given else name in DATASETS and DATASETS[name].padded
     if given and padded and params.get("streaming"):
         return ["layout: given padded with streaming true; allowed: auto, packed"]
+    if padded and _bundled(params.get("tokenizer") or ""):
+        try:
+            end_symbol(tokenizer(params["tokenizer"]))
+        except ValueError as error:
+            return [str(error)] if str(error).startswith("layout") else []  # _check_data says what is wrong with the tokenizer
     return [f"separator: given {given['separator']} for padded documents, of which each has a block; allowed: auto"] if padded and "separator" in given else []
 
 
@@ -781,8 +786,10 @@ def check_checkpoint(params):
         try:
             from duo.samplers import template
 
-            _, fixed = template(params["prompt"], tokenizer.encode, params.get("length") or length)
-            if config.get("method") == "ar" and (fixed[1:] & ~fixed[:-1]).any():
+            frame, ar = config.get("frame") or [], config.get("method") == "ar"
+            around = sum(symbol is not None for symbol in (frame[:1] if ar or config.get("layout") == "padded" else frame))
+            _, fixed = template(params["prompt"], tokenizer.encode, (params.get("length") or length) - around)
+            if ar and (fixed[1:] & ~fixed[:-1]).any():
                 out.append(f"prompt: given {params['prompt']!r} with a checkpoint of method ar, which writes from left to right; allowed: text without gaps before its end")
         except ValueError as error:
             out.append(f"prompt: {str(error).removeprefix('prompt ')}")
