@@ -699,6 +699,11 @@ def _ranges(n, step):
     return [np.arange(a, min(a + step, n)) for a in range(0, n, step)]
 
 
+def _around(frame):
+    """The number of symbols that a frame puts around a text."""
+    return sum(symbol is not None for symbol in frame)
+
+
 class Blocks:
     """Blocks of L tokens, stored in 2 bytes a token (4 above 65,536 symbols). `blocks[i]` (int, slice, list, array) gives int64 tokens.
 
@@ -1091,11 +1096,6 @@ def own_frame(tokenizer):
     """The frame (bos, eos) of a tokenizer's own symbols; () where it lacks one of them."""
     frame = tokenizer.bos_id, tokenizer.eos_id
     return () if None in frame else frame
-
-
-def _around(frame):
-    """The number of symbols that a frame puts around a text."""
-    return sum(symbol is not None for symbol in frame)
 
 
 def end_symbol(tokenizer):

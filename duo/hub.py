@@ -10,6 +10,7 @@ import contextlib
 import itertools
 import dataclasses
 import functools
+import hashlib
 import json
 import math
 import os
@@ -23,12 +24,12 @@ import torch
 from huggingface_hub import ModelHubMixin
 from safetensors import SafetensorError
 
-from .data import DATASETS, CharTokenizer, PixelTokenizer, SubwordTokenizer, tokenizer_from_json
+from .data import DATASETS, CharTokenizer, PixelTokenizer, SubwordTokenizer, characters, load_blocks, own_frame, pad_symbol, tokenizer_from_json
 from .data import tokenizer as tokenizer_of
 from .dit import DiT, DiTConfig, precise
 from .files import check_archive, check_pointer, load_tensors, save_tensors, shown, some, tensor_shapes
 from .likelihood import METHODS, Staircase, clean_bias, left_to_right_nll, linear_nelbo, linear_score_nelbo, make_process, network_vocab, score_scale
-from .metrics import Scores, judge_of
+from .metrics import Scores, alike, judge_of
 from .processes import Absorbing, Process
 from .samplers import SAMPLERS, Ancestral, AutoRegressive, FirstHitting, LogScores, guided, make_sampler, sample, sample_in_frame, sample_strides, template
 from .schedules import SCHEDULES, Cosine, LogLinear
@@ -136,7 +137,9 @@ class Model(ModelHubMixin):
     or that
     an autoregressive model never writes; `bos_id` its own that it reads before the text (None: the frame's, or else a symbol behind the tokenizer's). `p_uniform` is the share of
     uniform noise (gidd), `T` the number of
-    steps of which `loss` is the bound (d3pm; None: infinitely many). `frame` is (bos, eos), the symbols around each text that it learnt, or None. `precision` is that of the matrix products, one of `dit.PRECISIONS`. ValueError where these do not fit.
+    steps of which `loss` is the bound (d3pm; None: infinitely many). `frame` is (bos, eos), the symbols around each text that it learnt, bos None where
+    it has none, or None; `layout` says whether it learnt texts that were "packed" into blocks, or "padded", each ending in a block of its own. `precision` is that of the matrix products, one of
+    `dit.PRECISIONS`. ValueError where these do not fit.
 
     `model.sample(4)` writes, `model.nll(texts)` judges, `model.loss` goes to `metrics.evaluate_bound`, `model.denoiser` to `samplers.sample`;
     `from_pretrained`, `save_pretrained` and `push_to_hub` are huggingface_hub's.
@@ -151,7 +154,8 @@ class Model(ModelHubMixin):
     bos_id: int | None = None
     p_uniform: float | None = None
     T: int | None = None
-    frame: tuple[int, int] | None = None
+    frame: tuple[int | None, int] | None = None
+    layout: str = "packed"
     precision: str = "auto"
     process: Process | None = dataclasses.field(init=False)
 
@@ -178,9 +182,11 @@ class Model(ModelHubMixin):
             raise ValueError(f"schedule must be {'None' if self.process is None else 'given'} for {self.method}, got {self.schedule!r}")
         if getattr(self.net.config, "length", self.length) != self.length:
             raise ValueError(f"length must be {self.net.config.length}, the network's pixels, got {self.length}")
-        if self.frame is not None and (len(self.frame) != 2 or not all(isinstance(i, int) and 0 <= i < V for i in self.frame)):
-            raise ValueError(f"frame: given {repr(self.frame)[:80]}; allowed: two tokens (bos, eos), whole numbers from 0 to {V - 1}, or None")
-        self.frame = None if self.frame is None else tuple(self.frame)
+        self.frame = None if self.frame is None or len(self.frame) == 0 else tuple(self.frame)
+        if self.frame and (len(self.frame) != 2 or not all(isinstance(i, int) and 0 <= i < V for i in self.frame[self.frame[0] is None:])):
+            raise ValueError(f"frame: given {repr(self.frame)[:80]}; allowed: two tokens (bos, eos), whole numbers from 0 to {V - 1} (bos None: only an end), or None")
+        if self.layout not in ("packed", "padded"):
+            raise ValueError(f"layout: given {repr(self.layout)[:80]}; allowed: packed, padded")
         self.net.eval()
 
     @property
@@ -188,7 +194,7 @@ class Model(ModelHubMixin):
         """What config.json says: method, schedule, length, tokenizer, the fields of the network's configuration, and the facts of training."""
         names = {kind: name for name, kind in SCHEDULES.items()}
         schedule = {"schedule": names.get(type(self.schedule)), "schedule_eps": getattr(self.schedule, "eps", None)}
-        more = {"network": "unet"} if isinstance(self.net, UNet) else {"frame": self.frame and list(self.frame)}
+        more = {"network": "unet"} if isinstance(self.net, UNet) else {"frame": self.frame and list(self.frame), "layout": self.layout}
         more |= {key: value for key in _SOMETIMES if (value := getattr(self, key)) is not None}
         return {"method": self.method, **schedule, "length": self.length, "tokenizer": self.tokenizer.name, **more,
                 **dataclasses.asdict(self.net.config), "training": self.training}
@@ -218,7 +224,7 @@ class Model(ModelHubMixin):
     def ends(self) -> tuple[int, int]:
         """Of an autoregressive model: the symbol that it never writes, and the one that it reads before the first token."""
         never = self.tokenizer.vocab_size if self.mask_id is None else self.mask_id
-        return never, self.bos_id if self.bos_id is not None else self.frame[0] if self.frame else never
+        return never, next((i for i in (self.bos_id, (self.frame or (None,))[0]) if i is not None), never)
 
     @property
     def denoiser(self):
@@ -241,9 +247,13 @@ class Model(ModelHubMixin):
             return left_to_right_nll(self.net.hidden, self.net.head.weight, bias, x0, start)
         if not isinstance(t, torch.Tensor) or t.shape != x0.shape[:1] or not ((t >= 0) & (t <= 1)).all():
             raise ValueError(f"t: given {' '.join(repr(t)[:60].split())}; allowed: ({len(x0)},) times from 0 to 1, one for each row of x0")
+        return self.bound(x0, *self._noised(x0, t, generator), labels)
+
+    def _noised(self, x0, t, generator):
+        """(x_t (B, L), α (B, 1), α′ (B, 1)) at times t (B,)."""
         schedule = Staircase(self.schedule, self.T) if self.T else self.schedule
         alpha, alpha_dot = schedule.alpha(t)[:, None], schedule.alpha_dot(t)[:, None]
-        return self.bound(x0, self.process.corrupt(x0, alpha, generator), alpha, alpha_dot, labels)
+        return self.process.corrupt(x0, alpha, generator), alpha, alpha_dot
 
     def counted(self, x0) -> torch.Tensor:
         """(B, L) bool: the tokens of x0 (B, L) that `loss` scores, all but the first ones that an autoregressive model is given."""
@@ -262,49 +272,79 @@ class Model(ModelHubMixin):
             )
         return unet_nelbo(self.net, self.process, xt, sigma, x0, xt, alpha, alpha_dot, labels)
 
-    def nll(self, texts, draws: int = 8, batch_size: int = 32, generator=None, seed: int | None = None) -> Scores:
+    def blocks(self, data, split: str, layout=None, separator=None, length: int | None = None, **options):
+        """The blocks of a data set as the model learnt to read them: in its frame, and files laid out like its own. The arguments are those of `data.load_blocks`."""
+        row = DATASETS.get(data)
+        layout = layout or (self.layout if row is None else "padded" if row.padded else "packed")
+        frame = self.frame if self.frame and (layout == "padded" or self.frame[0] is not None) else ()
+        return load_blocks(data, split, self.tokenizer, length or self.length, layout, separator, frame=frame, **options)
+
+    def nll(self, texts, draws: int = 8, batch_size: int = 32, generator=None, seed: int | None = None, beyond: str = "chunks") -> Scores:
         """Scores of texts (list of str) or tokens (N, n): nats, tokens and characters of each. The nats are exact of an autoregressive model, else a
         bound: the mean of `draws` draws, of each text one in each draws-th of the times, and noisy for short texts: `nats_se` of the scores is its standard
-        error over the draws, which falls as 1/√draws or faster (0 where exact, NaN of one draw). seed or generator make it repeatable.
+        error over the draws, which falls as 1/√draws or faster (0 where exact, NaN of one draw). seed or generator make it repeatable, and a text's noise
+        depends on nothing else, neither on the other texts nor on `batch_size`. Characters are those that a text's tokens decode to.
 
-        Longer texts are cut into blocks of `length`, each in the model's frame, whose symbols count as in training; tokens that begin with its first one have theirs already.
+        Longer texts are cut into blocks of `length` that do not know each other (`beyond` "chunks"), or off ("truncate"); each is in the model's frame, whose symbols count as in training.
         For a data set and its Monte-Carlo error see `metrics.evaluate_bound(model.loss, …)`.
         """
         _whole_numbers(1, draws=draws, batch_size=batch_size)
         _whole_numbers(0, seed=seed)
-        if seed is not None:
-            generator = torch.Generator(self.device).manual_seed(seed)
+        if beyond not in ("chunks", "truncate"):
+            raise ValueError(f"beyond: given {repr(beyond)[:80]}; allowed: chunks, truncate")
+        if seed is None:
+            seed = int(torch.randint(2**62, (1,), generator=generator, device=generator.device if generator else "cpu"))
         texts = [texts] if isinstance(texts, str) or not hasattr(texts, "__iter__") else texts
         rows = [self.encode(t) if isinstance(t, str) else _tokens("nll", t, self.tokenizer.vocab_size) for t in texts]
-        blocks = [(i, block) for i, row in enumerate(rows) for block in self._blocks(row)]
-        nats, variance, tokens = torch.zeros(3, len(rows), dtype=torch.float64)
+        blocks = [(i, block) for i, row in enumerate(rows) for block in self._blocks(row)[: 1 if beyond == "truncate" else None]]
+        nats, variance, tokens, letters = torch.zeros(4, len(rows), dtype=torch.float64)
+        groups, seen = alike(rows), {}
+        times = [seen.setdefault(g, itertools.count()).__next__() for g in groups.tolist()]  # how often the same text came before
         for size in sorted({len(block) for _, block in blocks}):
             owners, same = zip(*((i, block) for i, block in blocks if len(block) == size))
-            found = self._nats(torch.stack(same), draws, batch_size, generator)
+            x0 = torch.stack(same)
+            found = self._nats(x0, draws, batch_size, [(seed, times[i]) for i in owners])
             nats.index_add_(0, torch.tensor(owners), found.mean(1))
-            tokens.index_add_(0, torch.tensor(owners), self.counted(torch.stack(same)).sum(1).double())
+            tokens.index_add_(0, torch.tensor(owners), self.counted(x0).sum(1).double())
+            letters.index_add_(0, torch.tensor(owners), torch.tensor([int(characters(self._bare(block)[None], self.tokenizer)[0]) for block in same]).double())
             variance.index_add_(0, torch.tensor(owners), _variance(found) if self.process is not None else torch.zeros(len(same)).double())
-        read = [t if isinstance(t, str) else self.decode(t) for t in texts]
-        characters = [len(t) if isinstance(t, str) else len(row) for t, row in zip(read, rows)]  # of an image, its pixels
-        return Scores(nats, tokens, torch.tensor(characters).double(), variance.sqrt())
+        return Scores(nats, tokens, letters, variance.sqrt(), groups)
+
+    def _bare(self, row):
+        """Tokens (n,) without the frame around them, and without what follows the end of a padded text."""
+        begin, end = self.frame or (None, None)
+        row = row[int(len(row) and begin is not None and row[0] == begin):]
+        if self.layout == "padded":
+            ends = (row == end).nonzero().flatten().tolist()
+            return row[:ends[0]] if ends else row
+        return row[:-1] if len(row) and end is not None and row[-1] == end else row
 
     def _blocks(self, row):
-        """Tokens (n,) as blocks in the model's frame; what begins with its first symbol is in it already."""
-        begin, end = ([], []) if self.frame is None or row[:1].tolist() == [self.frame[0]] else ([i] for i in self.frame)
+        """Tokens (n,) as blocks in the model's frame; packed ones that begin with its first symbol are in it already."""
+        if self.frame is None or self.layout == "packed" and row[:1].tolist() == [self.frame[0]]:
+            begin, row, end = [], row, []
+        else:
+            begin, row, end = [i for i in self.frame[:1] if i is not None], self._bare(row), [self.frame[1]]
         parts = row.split(self.length - len(begin + end))
         return [torch.cat([part.new_tensor(begin), part, part.new_tensor(end)]) for part in parts if len(part)]
 
     @torch.no_grad()
-    def _nats(self, x0, draws, batch_size, generator):
-        """(n, draws) nats of tokens x0 (n, L), as in `nll`; t = u³ with the weight dt/du, as in `evaluate_bound`."""
-        power, draws = (1, 1) if self.process is None else (3, draws)
-        u = torch.rand(len(x0), 1, generator=generator, device=self.device, dtype=torch.float64) + torch.arange(draws, device=self.device)
-        u, rows, found = (u / draws).flatten(), x0.repeat_interleave(draws, 0), []
-        for a in range(0, len(rows), batch_size):
-            part = u[a:a + batch_size]
-            loss = self.loss(rows[a:a + batch_size].to(self.device), part**power, generator)
-            found.append(loss.double().sum(-1) * power * part ** (power - 1))
-        return torch.cat(found).view(-1, draws).cpu()
+    def _nats(self, x0, draws, batch_size, keys):
+        """(n, draws) nats of tokens x0 (n, L), as in `nll`, with noise that depends on a row's tokens and its key; t = u³ with the weight dt/du, as in `evaluate_bound`."""
+        if self.process is None:
+            return torch.cat([self.loss(rows.to(self.device), None).double().sum(-1, keepdim=True).cpu() for rows in x0.split(batch_size)])
+        noised = [self._drawn(row.to(self.device), draws, key) for row, key in zip(x0, keys)]
+        weight, *parts = (torch.cat(part) for part in zip(*noised))
+        found = [self.bound(*(part[a:a + batch_size] for part in parts)).double().sum(-1) for a in range(0, len(weight), batch_size)]
+        return (torch.cat(found) * weight).view(-1, draws).cpu()
+
+    def _drawn(self, row, draws, key):
+        """(weight (D,), x0 (D, L), x_t (D, L), α (D, 1), α′ (D, 1)) of D `draws` for tokens (L,), one in each D-th of the times."""
+        told = hashlib.blake2b(repr((key, row.tolist())).encode(), digest_size=8).digest()
+        generator = torch.Generator(self.device).manual_seed(int.from_bytes(told, "big") >> 1)
+        u = (torch.rand(1, generator=generator, device=self.device, dtype=torch.float64) + torch.arange(draws, device=self.device)) / draws
+        x0 = row.expand(draws, -1)
+        return 3 * u**2, x0, *self._noised(x0, u**3, generator)
 
     def sample(self, n: int = 1, steps: int = 64, prompt=None, seed: int | None = None, *, sampler=None, top_p: float = 1.0, tail: str = "sample",
                temperature: float = 1.0, length: int | None = None, stride: int | None = None, stop=None, labels=None, guidance: float = 1.0,
@@ -314,14 +354,11 @@ class Model(ModelHubMixin):
         return self.text(self.sample_tokens(**{name: value for name, value in locals().items() if name != "self"}))
 
     def text(self, tokens) -> Any:
-        """`decode` of tokens (n,) or (N, n) without the frame around them."""
+        """`decode` of tokens (n,) or (N, n) without the frame around them and what follows the end of a padded text."""
         if self.frame is None:
             return self.decode(tokens)
         tokens = torch.as_tensor(tokens)
-        if tokens.dim() == 2:
-            return [self.text(row) for row in tokens]
-        first, last = (part.tolist() == [symbol] for part, symbol in zip((tokens[:1], tokens[-1:]), self.frame))
-        return self.decode(tokens[first : len(tokens) - last])
+        return [self.text(row) for row in tokens] if tokens.dim() == 2 else self.decode(self._bare(tokens))
 
     @_precisely
     def sample_tokens(self, n: int = 1, steps: int = 64, sampler=None, top_p: float = 1.0, tail: str = "sample", prompt=None, seed: int | None = None,
@@ -367,18 +404,26 @@ class Model(ModelHubMixin):
             denoiser = self.denoiser if labels is None else guided(self.net, guidance, labels[a:a + b])
             found.append(write(denoiser, self.process, self.schedule, (b, length), steps, **options))
         x = torch.cat(found)
-        return torch.cat([x.new_tensor(begin).expand(n, -1), x, x.new_tensor(end).expand(n, -1)], 1)
+        return self._ended(torch.cat([x.new_tensor(begin).expand(n, -1), x, x.new_tensor(end).expand(n, -1)], 1))
+
+    def _ended(self, x):
+        """Tokens (N, n) with padding behind the first end of a text, where it has a block of its own."""
+        if self.layout == "packed" or self.frame is None:
+            return x
+        ends = x == self.frame[1]
+        ends[:, 0] &= self.frame[0] is None  # the first symbol may look the same
+        return x.masked_fill(ends.cumsum(1) - ends.long() > 0, pad_symbol(self.tokenizer, self.frame))
 
     @property
     def _starts(self) -> bool:
         """Whether it is autoregressive and reads the first symbol of its frame before the text."""
-        return self.process is None and self.frame is not None and self.ends[1] == self.frame[0]
+        return self.process is None and self.frame is not None and self.ends[1] == self.frame[0]  # not so of a bos None
 
     def _around(self, framed):
         """(begin, end): the tokens around what it writes, each in a list: those of its frame, where it is asked for or the model cannot do without."""
         if self.frame is None or not (framed or self._starts):
             return [], []
-        return [self.frame[0]], [self.frame[1]] if self.process is not None else []
+        return [i for i in self.frame[:1] if i is not None], [self.frame[1]] if self.process is not None and self.layout == "packed" else []
 
     def _inside(self, prompt, first, last):
         """The prompt (tokens, is_fixed) without the token `first` and the `last` ones of its frame."""
@@ -628,6 +673,7 @@ _PLACES = {  # our name of a setting → where configurations of Lightning files
     "num_classes": ("data.num_classes",),
     "T": ("algo.T",),
     "frame": (),
+    "layout": (),
 }
 _SCHEDULES = {"log-linear": LogLinear, "loglinear": LogLinear, "cosine": Cosine}
 _GUESSES = {50257: "gpt2", 50258: "gpt2", 30522: "bert-base-uncased"}  # rows of the embedding → tokenizer, where a file does not say
@@ -743,11 +789,6 @@ def _symbols(method, tokenizer, rows):
     return tokenizer, own, tokenizer.bos_id if METHODS[method].prior is None else None
 
 
-def _convention(tokenizer):
-    """The frame that a tokenizer's own symbols make, (bos, eos), as the authors put it around all text; None where it lacks them."""
-    return None if None in (own := (tokenizer.bos_id, tokenizer.eos_id)) else own
-
-
 def _assemble(path, weights: dict, config: dict, settings: dict, training: dict, averaged=None) -> Model:
     """The `Model` of foreign weights: tensors by their names in the file, its configuration, what the caller says, and the list of averaged
     parameters."""
@@ -845,7 +886,7 @@ def _shell(method, state, found, training) -> Model:
         if name is None:
             raise ValueError(f"the file does not say its tokenizer, and {config.vocab_size} symbols do not tell; load(…, tokenizer=…) can")
         tokenizer, mask_id, bos_id = _symbols(method, tokenizer_of(name) if isinstance(name, (str, Path)) else name, config.vocab_size)
-        frame = found["frame"] if "frame" in found else _convention(tokenizer)
+        frame = found["frame"] if "frame" in found else own_frame(tokenizer)
     kind = str(found.get("schedule", "log-linear")).lower()
     if kind not in _SCHEDULES:
         raise ValueError(f"its noise is {shown(kind)}; allowed: {', '.join(_SCHEDULES)}")
@@ -861,9 +902,10 @@ def _shell(method, state, found, training) -> Model:
             found["length"],
             training,
             mask_id,
-            bos_id if frame is None else None,
+            None if frame else bos_id,
             T=found.get("T") or None if method == "d3pm" else None,
             frame=frame,
+            layout=found.get("layout", "packed"),
         )
 
 
@@ -984,7 +1026,7 @@ def load(source, raw: bool = False, device="cpu", **settings) -> Model:
 
     raw=True takes the weights before averaging, of a directory from raw.safetensors or else last.ckpt. What a foreign file does not say, or says wrongly, can be given in `settings`: method, tokenizer (a
     name, a
-    directory or an object), length, schedule, schedule_eps, time_conditioning, n_heads, dropout, fix_logistic, frame ((bos, eos) around each text, or None; unsaid, the tokenizer's own symbols where it has both). No code from the file runs.
+    directory or an object), length, schedule, schedule_eps, time_conditioning, n_heads, dropout, fix_logistic, frame ((bos, eos) around each text, or None; unsaid, the tokenizer's own symbols where it has both), layout (packed, or padded as of lm1b). No code from the file runs.
     Raises ValueError in one line that says which file or setting is missing, unknown, damaged or does not fit.
     """
     if not isinstance(source, (str, os.PathLike)) or not str(source):
@@ -1050,14 +1092,17 @@ def _empty(directory: Path) -> Model:
 
 
 def _frame(config, tokenizer) -> dict:
-    """The `frame` of a `Model` by its config.json. An older one, which does not say it, had that of its data, behind the start token that it had."""
+    """`frame` and `layout` of a `Model` by its config.json. An older one, which does not say them, had those of its data, behind the start token that it had."""
     if "frame" in config or config.get("network") == "unet":
-        return {"frame": config.get("frame")}
+        return {"frame": config.get("frame"), "layout": config.get("layout", "packed")}
     if config.get("bos_id") is not None:  # published by the authors
-        return {"frame": _convention(tokenizer), "bos_id": None}
-    row = DATASETS.get(config.get("training", {}).get("data"))
-    frame = _convention(tokenizer) if row is not None and row.frame else None
-    return {"frame": frame, "bos_id": tokenizer.vocab_size} if frame and config["method"] == "ar" else {"frame": frame}
+        return {"frame": own_frame(tokenizer), "bos_id": None}
+    facts = config.get("training", {})
+    row = DATASETS.get(facts.get("data"))
+    frame = own_frame(tokenizer) if row is not None and row.frame else None
+    layout = facts.get("layout") or ("padded" if row is not None and row.padded else "packed")
+    told = {"frame": frame, "layout": layout if frame else "packed"}
+    return told | {"bos_id": tokenizer.vocab_size} if frame and config["method"] == "ar" else told
 
 
 def _directory(source, **download) -> Path:
@@ -1100,7 +1145,7 @@ def _config(path: Path) -> dict:
     kind = config.get("network", "dit")
     if not isinstance(kind, str) or kind not in _KINDS:
         raise ValueError(f"{path}: network must be one of {', '.join(_KINDS)}, got {shown(kind)}")
-    needed, known = {*_ALWAYS, *_NEEDED[kind]}, {f.name for f in dataclasses.fields(_KINDS[kind][1])} | {"training", "dtype", "network", "frame", *_SOMETIMES}
+    needed, known = {*_ALWAYS, *_NEEDED[kind]}, {f.name for f in dataclasses.fields(_KINDS[kind][1])} | {"training", "dtype", "network", "frame", "layout", *_SOMETIMES}
     if wrong := [
         f"{word} {some(keys)}" for word, keys in (("lacks", needed - {*config}), ("has unknown", {*config} - needed - known)) if keys
     ]:
@@ -1123,7 +1168,7 @@ def _config(path: Path) -> dict:
 
 
 _OPTIONAL = {"schedule_eps", "attn_level", "num_classes", *_SOMETIMES}
-_BOUNDS = _ALLOWED | {"length": (int, 1, 2**24), "vocab_size": (int, 1, 2**24), "mask_id": (int, 0, 2**24), "bos_id": (int, 0, 2**24), "p_uniform": _SHARE, "T": (int, 1, 2**24),
+_BOUNDS = _ALLOWED | {"length": (int, 1, 2**24), "layout": (str,), "vocab_size": (int, 1, 2**24), "mask_id": (int, 0, 2**24), "bos_id": (int, 0, 2**24), "p_uniform": _SHARE, "T": (int, 1, 2**24),
                       "channels": (int, 1, 64), "height": (int, 1, 2**12), "width": (int, 1, 2**12), "ch": (int, 1, 2**14), "num_res_blocks": (int, 1, 64), "attn_level": (int, 0, 16),
                       "num_classes": (int, 1, 2**20), "label_dropout": _SHARE, "time_size": (int, 4, 2**16), "schedule": (None,), "head": (str,), "token_sigma": (bool,)}
 
