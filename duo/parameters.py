@@ -548,7 +548,7 @@ def _check_form(name, splits, params):
     padded = given["layout"] == "padded" if "layout" in given else name in DATASETS and DATASETS[name].padded
     if given and padded and params.get("streaming"):
         return ["layout: given padded with streaming true; allowed: auto, packed"]
-    if padded and _bundled(params.get("tokenizer") or ""):
+    if padded and "tokenizer" in params and _bundled(params["tokenizer"]):
         try:
             end_symbol(tokenizer(params["tokenizer"]))
         except ValueError as error:
