@@ -25,7 +25,7 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4} PYTHONUNBUFFERED=1 TOKENIZERS_PARAL
 left() { echo $((TIME - SECONDS)); }
 
 # ends N NAME: the last lines of a log, of a progress bar its last state
-ends() { tr '\r' '\n' <"$LOGS/$2.log" | tail -n "$1" | cut -c1-300; }
+ends() { [ -f "$LOGS/$2.log" ] && tr "\r" "\n" <"$LOGS/$2.log" | tail -n "$1" | cut -c1-300; }
 
 # run NAME LIMIT COMMAND...: the command for at most LIMIT seconds and no longer than there are; its output in $LOGS/NAME.log
 run() {
