@@ -169,6 +169,8 @@ def _bytes(x):
         raise ValueError(f"has x {x.shape} {x.dtype}; {allowed}")
     if x.shape[-1] not in (1, 3, 4) and x.shape[1] in (1, 3, 4):
         x = np.moveaxis(x, 1, -1)
+    if x.shape[-1] not in (1, 3, 4):
+        raise ValueError(f"has x of {x.shape[-1]} channels; allowed: 1, 3 or 4")
     low, high = x.min(), x.max()
     if x.dtype.kind in "bf" and 0 <= low <= high <= 1:
         x = np.rint(x.astype(np.float32) * 255)
@@ -245,6 +247,7 @@ def images(data, split="train", size=None, length=None, labelled=True, seed=0):
 def sheet(pictures, columns):
     """Pictures (n, h, w, c) of uint8 side by side on one, `columns` in a row, a white line between them."""
     pictures = np.asarray(pictures)
+    pictures = np.repeat(pictures, 3, -1) if pictures.shape[-1] == 1 else pictures  # grey ones in colour, as image files have them
     n, h, w, c = pictures.shape
     out = np.full((-(-n // columns) * (h + 1) - 1, columns * (w + 1) - 1, c), 255, np.uint8)
     for i, picture in enumerate(pictures):

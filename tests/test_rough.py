@@ -3,6 +3,7 @@ import itertools
 import json
 import lzma
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -172,6 +173,18 @@ def test_no_name_is_a_pattern(at):
         assert sorted(documents(folder)) == sorted([*expected, f"the last {i}"]) == sorted(row["text"] for row in documents(folder, streaming=True)), name
     blocks = [load_blocks(at / name, "train", "bpe1024", 16)[:].tolist() for name in NAMES]
     assert len({json.dumps(b) for b in blocks}) == len(NAMES)
+
+
+def test_names_at_the_command_line(at, cases, monkeypatch, capsys):
+    """A word names the file that is there, commas or not; what is not there is a sweep."""
+    monkeypatch.chdir(at)
+    for name in ["a,b.txt", "a=b.txt", "a[1].txt", "a b.txt", "письмо.txt", "it's.txt"]:
+        shutil.copy(cases / "plain.txt", at / name)
+        jobs = plan("train/austen_duo", [f"data={name}", "tokenizer=bpe1024", "length=32"])
+        assert [job.params["data"] for job in jobs] == [str(at / name)]
+        again = plan("train/austen_duo", shlex.split(jobs[0].command)[2:])
+        assert [job.params for job in again] == [job.params for job in jobs]
+    assert door("train/austen_duo", data="c,d.txt") != []
 
 
 def test_copies_whose_folder_is_no_pattern(at, monkeypatch):
