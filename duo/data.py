@@ -955,6 +955,8 @@ def prepare(data, split, tokenizer, separator=(), workers=None, progress=False):
             if not (folder / "store.json").exists():
                 lost = _lost(data, split, texts, tokenizer)
                 counts = _tokenise(texts, tokenizer, separator, folder, key, workers, progress)
+                if not counts["tokens"]:
+                    raise ValueError(f"data {data}: no text in split {split}")
                 if store_path(data, split, tokenizer, separator)[1] != key:
                     raise ValueError(f"data {str(data)!r} changed while it was read")
                 facts = {"key": key, "tokenizer": tokenizer.name, "dtype": _compact(tokenizer.vocab_size).name, "lost": lost, **counts}
@@ -987,7 +989,7 @@ def _tokenise(texts, tokenizer, separator, folder, key, workers, progress):
     numbers = range(-(-len(texts) // size))
     missing = [n for n in numbers if not _kept(parts / f"{n}.json")]
     job = partial(_part, parts, size)
-    bar = tqdm(total=len(texts), initial=(len(numbers) - len(missing)) * size, desc=f"{key['data']} {key['split']}", unit=" documents", mininterval=1, disable=not progress)
+    bar = tqdm(total=len(texts), initial=(len(numbers) - len(missing)) * size, desc=f"{key['data'] or 'files'} {key['split']}", unit=" documents", mininterval=1, disable=not progress)
     workers = min(workers or len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)), len(missing))
     if workers <= 1 or len(texts) < 1000:
         _begin(texts, tokenizer, separator)
@@ -1002,8 +1004,6 @@ def _tokenise(texts, tokenizer, separator, folder, key, workers, progress):
                 raise
     bar.close()
     counts = _join(parts, numbers, folder, _compact(tokenizer.vocab_size), len(separator))
-    if not counts["tokens"]:
-        raise ValueError(f"data {key['data']}: no text in split {key['split']}")
     return counts
 
 

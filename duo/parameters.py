@@ -404,8 +404,8 @@ def read_overrides(words, parameters):
 
 
 def _parts(text, parameter):
-    """The values that a word gives a parameter, as texts without the quotes that keep a comma."""
-    if parameter.name in FREE or any(isinstance(kind, str) and kind.startswith("list[") for kind in parameter.kinds):
+    """The values that a word gives a parameter, as texts without the quotes that keep a comma; the name of a file that is there is one value, commas or not."""
+    if parameter.name in FREE or parameter.name in PATHS and find(text) is not None or any(isinstance(kind, str) and kind.startswith("list[") for kind in parameter.kinds):
         return [text]
     found = re.finditer(r'(?:^|,)(?:"((?:[^"]|"")*)"(?=,|\Z)|([^,]*))', text)
     return [m[2] if m[1] is None else m[1].replace('""', '"') for m in found]
@@ -525,13 +525,14 @@ def _check_fill(tokenizer, length, splits, params):
     form, out = {"layout": params.get("layout"), "separator": params.get("separator")}, []
     form = {key: {"auto": None, "none": ""}.get(value, value) for key, value in form.items()}
     for name in params["data"] if isinstance(params["data"], list) else [params["data"]]:
-        for split in splits[1:] if params.get("streaming") else splits:
+        for split in reversed(splits[1:] if params.get("streaming") else splits):  # the smaller one first
             try:
                 check_text(name, split, tokenizer, length, **form)
             except ValueError as error:
                 kind = "length" if "do not fill" in str(error) else "tokenizer"
                 given = length if kind == "length" else f"{tokenizer.name} for data {name}, split {split}"
                 out.append(f"data: {str(error).removeprefix('data ')}" if str(error).startswith("data ") else str(error) if str(error).startswith("tokenizer: ") else f"{kind}: given {given}; {error}")
+                break
     return out
 
 
