@@ -7,6 +7,7 @@ __all__ = ['OWN_TASKS', 'noise_counts', 'windows', 'Harness', 'cloze', 'write_ta
 
 # %% ../nbs/16_harness.ipynb #318f9715
 import contextlib
+import hashlib
 import json
 import logging
 import math
@@ -14,6 +15,7 @@ import os
 import random
 import re
 import zlib
+from collections import Counter
 from functools import lru_cache
 from pathlib import Path
 
@@ -67,8 +69,8 @@ class Harness(TemplateLM):
     mode: "suffix" for the bound of the continuation given the
     clean context, "full" for that of both; steps: network calls to generate with (None: one a token); top_p; batch_size: rows at once; max_length:
     tokens of context and continuation together (None: the
-    model's block); precision: one of `dit.PRECISIONS`. `details` lists, for every likelihood, its kind, value, standard error (nats), draws, tokens and how many tokens of context were
-    cut off. Raises ValueError for options that do not fit.
+    model's block less its frame); precision: one of `dit.PRECISIONS`. Texts stand in the model's frame, which is given and not scored. `details` lists, for every likelihood, its kind, value, standard error (nats), draws, tokens and how many tokens of context were
+    cut off, and for every text that was written its tokens, whether it ended by itself, and how many tokens were asked for, allowed and cut off. Raises ValueError for options that do not fit.
     """
 
     def __init__(
@@ -91,29 +93,30 @@ class Harness(TemplateLM):
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.model = pretrained.to(device) if isinstance(pretrained, Model) else load(pretrained, device=device)
         self.model.precision = precision
+        self.exact, frame = self.model.process is None, self.model.frame or ()
+        self.begin, self.end = ([], []) if self.exact or not frame else ([i for i in frame[:1] if i is not None], [frame[1]])
+        room = self.model.length - len(self.model.around()[0] if self.exact else self.begin + self.end)  # an autoregressive model is told the first symbol in any case
         if mode not in ("suffix", "full"):
             raise ValueError(f"mode must be suffix or full, got {mode!r}")
         for name, value in (
             ("draws", draws),
             ("batch_size", batch_size),
             ("max_gen_toks", max_gen_toks),
-            ("max_length", max_length or self.model.length),
+            ("max_length", max_length or room),
             ("steps", steps or 1),
         ):
             if not str(value).isdigit() or int(value) < 1:
                 raise ValueError(f"{name} must be a whole number, at least 1, got {value!r}")
-        if max_length and int(max_length) > self.model.length:
-            raise ValueError(f"max_length must be at most the model's block of {self.model.length}, got {max_length}")
-        self.exact = self.model.process is None
+        if max_length and int(max_length) > room:
+            raise ValueError(f"max_length must be at most the {room} tokens of text in the model's block, got {max_length}")
         self.draws, self.mode, self.top_p, self.seed, self.progress = 1 if self.exact else int(draws), mode, float(top_p), seed, progress
         self.steps, self.batch_size, self.max_gen_toks, self.max_length = (
             steps and int(steps),
             int(batch_size),
             int(max_gen_toks),
-            int(max_length or self.model.length),
+            int(max_length or room),
         )
-        self.details, self._device = [], self.model.device
-        self.generator = torch.Generator(self._device).manual_seed(seed)
+        self.details, self._device, self._asked = [], self.model.device, Counter()
 
     @property
     def eot_token_id(self):
@@ -124,6 +127,16 @@ class Harness(TemplateLM):
     def tokenizer_name(self):
         """For the harness's cache of requests."""
         return self.model.tokenizer.name
+
+    def _keyed(self, *what):
+        """A generator whose stream depends on the seed and on `what` alone, whatever else is asked in the same batch."""
+        told = hashlib.blake2b(repr((self.seed, *what)).encode(), digest_size=8).digest()
+        return torch.Generator(self._device).manual_seed(int.from_bytes(told, "big") >> 1)
+
+    def _framed(self, tokens):
+        """Tokens (B, T) in the frame that the network has to see."""
+        begin, end = (tokens.new_tensor(part).expand(len(tokens), -1) for part in (self.begin, self.end))
+        return torch.cat([begin, tokens, end], 1)
 
     def tok_encode(self, string, add_special_tokens=None, **kwargs):
         """Ids of a text, nothing added."""
@@ -204,13 +217,14 @@ class Harness(TemplateLM):
 
     def _bounds(self, tokens, start, greedy):
         """The bound's mean and standard error over `draws` of (B, T) tokens from position `start` on."""
-        process, scored = self.model.process, start if self.mode == "suffix" else torch.zeros_like(start)
+        scored = start if self.mode == "suffix" else torch.zeros_like(start)
         free = torch.arange(tokens.shape[1], device=tokens.device) >= scored[:, None]
         keys = [zlib.crc32(repr((self.seed, row[:s])).encode()) for row, s in zip(tokens.tolist(), start.tolist())]
         u = torch.stack([low_discrepancy(self.draws, 0.0, torch.Generator().manual_seed(key)) for key in keys]).double().to(tokens.device)
-        noised, b, weight = noise_counts(free, int(process.p_uniform == 0), self.draws, u, self.generator)
-        x0 = tokens.repeat_interleave(self.draws, 0)
-        xt = torch.where(noised, process.sample_prior(x0.shape, generator=self.generator, device=x0.device), x0)
+        drawn = [self._drawn(*row, self._keyed("noise", s, row[0].tolist())) for row, s in zip(zip(tokens, free, u), start.tolist())]
+        xt, b, weight = (torch.cat(part) for part in zip(*drawn))
+        x0, xt = self._framed(tokens).repeat_interleave(self.draws, 0), self._framed(xt)
+        free = torch.nn.functional.pad(free, (len(self.begin), len(self.end)))
         nats = torch.cat(
             [
                 self.model.bound(*(part[a : a + self.batch_size] for part in (x0, xt, 1 - b, -torch.ones_like(b))))
@@ -222,21 +236,28 @@ class Harness(TemplateLM):
         hits = self._greedy(tokens, start) if greedy else [False] * len(tokens)
         return list(zip(value.mean(1).tolist(), se.tolist(), hits))
 
+    def _drawn(self, tokens, free, u, generator):
+        """(x_t (D, T), b (D, 1), weight (D,)): the noisy copies of one text (T,), whose `free` tokens may be noised."""
+        process = self.model.process
+        noised, b, weight = noise_counts(free[None], int(process.p_uniform == 0), self.draws, u[None], generator)
+        noise = process.sample_prior(noised.shape, generator=generator, device=tokens.device)
+        return torch.where(noised, noise, tokens), b, weight
+
     def _greedy(self, tokens, start):
         """Whether each token from `start` on is the most probable one given the true ones before it and noise from there on."""
         process, T = self.model.process, tokens.shape[1]
         where = [(row, j) for row, s in enumerate(start.tolist()) for j in range(s, T)]
         hits = [True] * len(tokens)
+        noise = torch.cat([process.sample_prior((T - s, T), generator=self._keyed("greedy", row.tolist()), device=tokens.device) for row, s in zip(tokens, start.tolist())])
         for a in range(0, len(where), self.batch_size):
             rows, at = torch.tensor(where[a:a + self.batch_size], device=tokens.device).unbind(1)
-            noise = process.sample_prior((len(rows), T), generator=self.generator, device=tokens.device)
-            x = torch.where(torch.arange(T, device=tokens.device) < at[:, None], tokens[rows], noise)
+            x = self._framed(torch.where(torch.arange(T, device=tokens.device) < at[:, None], tokens[rows], noise[a:a + self.batch_size]))
             denoiser, sigma = self.model.denoiser, torch.full((len(rows),), -math.log(1e-3), device=tokens.device)
             if isinstance(denoiser, LogScores):
                 logits = loo_from_score(process, denoiser.denoiser(x, sigma), x, 1e-3)
             else:
                 logits = denoiser(x, sigma)
-            logits = logits[torch.arange(len(rows)), at]
+            logits = logits[torch.arange(len(rows)), at + len(self.begin)]
             if process.mask_id is not None:
                 logits[:, process.mask_id] = -math.inf
             for row, hit in zip(rows.tolist(), (logits.argmax(-1) == tokens[rows, at]).tolist()):
@@ -249,11 +270,12 @@ class Harness(TemplateLM):
         return [value for value, _ in self._loglikelihood_tokens(encoded, disable_tqdm, False, "loglikelihood_rolling")]
 
     def generate_until(self, requests, disable_tqdm=False):
-        """[continuation], written with the context as a clamped prompt and cut at the first of the request's `until`. Of its other settings,
-        max_gen_toks (at most the block less one token), do_sample, temperature and
-        top_p are heeded; without do_sample the tail is greedy, an autoregressive model altogether. A context that is too long loses its beginning."""
+        """[continuation], written with the context as a clamped prompt and cut at the first end of text or of the request's `until`. Of its other settings,
+        max_gen_toks, do_sample, temperature and
+        top_p are heeded; without do_sample the tail is greedy, an autoregressive model altogether. Where a context and max_gen_toks do not fit a block
+        together, fewer tokens are written, but as many as a quarter of a block; what of the context does not fit beside these is cut off its beginning."""
         from tqdm import tqdm
-        written = []
+        written, first = [], len(self.details)
         for request in tqdm(requests, disable=disable_tqdm or not self.progress, desc="writing", mininterval=1):
             context, settings = request.args
             until = settings.get("until") or []
@@ -262,26 +284,37 @@ class Harness(TemplateLM):
             cut = min([text.find(stop) for stop in until if stop and stop in text], default=len(text))
             written.append(text[:cut])
             self.cache_hook.add_partial("generate_until", request.args, written[-1])
+        for what, name in (("contexts were cut", "truncated"), ("texts were written in fewer tokens than asked for", "shortened")):
+            if found := sum(d[name] > 0 for d in self.details[first:]):
+                logging.getLogger(__name__).warning("%d of %d %s: a block holds %d tokens", found, len(requests), what, self.max_length)
         return written
 
-    def _write(self, context, settings):
-        """The text that follows the tokens of a context."""
-        n = min(int(settings.get("max_gen_toks", self.max_gen_toks)), self.max_length - 1)
-        context, temperature = context[-(self.max_length - n):], float(settings.get("temperature") or 0)
+    def _write(self, whole, settings):
+        """The text that follows the tokens of a context, up to an end of text."""
+        asked = int(settings.get("max_gen_toks", self.max_gen_toks))
+        n = max(1, min(asked, max(self.max_length - len(whole), self.max_length // 4)))
+        context, temperature = whole[max(0, len(whole) + n - self.max_length):], float(settings.get("temperature") or 0)
         draw = bool(settings.get("do_sample", temperature > 0)) and temperature != 0
-        tokens = torch.tensor(context + [0] * n, device=self._device)
-        prompt = tokens, torch.arange(len(tokens), device=self._device) < len(context)
+        begin, end = self.model.around()
+        tokens = torch.tensor(begin + context + [0] * n + end, device=self._device)
+        place, first = torch.arange(len(tokens), device=self._device), len(begin + context)
+        prompt = tokens, (place < first) | (place >= first + n)
+        self._asked[tuple(whole)] += 1  # the same request once more is another text
         out = self.model.sample_tokens(
             1,
             steps=self.steps or n,
             top_p=float(settings.get("top_p", self.top_p)),
             tail="sample" if draw else "greedy",
             prompt=prompt,
-            generator=self.generator,
+            generator=self._keyed("text", whole, self._asked[tuple(whole)]),
             length=len(tokens),
             temperature=temperature if draw and temperature else 1.0,
         )
-        return self.model.decode(out[0, len(context):])
+        made, ends = out[0, first : first + n].tolist(), {self.eot_token_id, (self.model.frame or (None, None))[1]} - {None}
+        stop = next((i for i, token in enumerate(made) if token in ends), n)
+        cut = {"truncated": len(whole) - len(context), "shortened": asked - n}
+        self.details.append({"kind": "generate_until", "tokens": stop, "ended": stop < n, "asked": asked, "allowed": n, **cut})
+        return self.model.decode(torch.tensor(made[:stop], dtype=torch.long))
 
 
 if "duo" not in model_registry: register_model("duo")(Harness)  # the notebook and the module may meet in one process

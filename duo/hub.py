@@ -387,7 +387,7 @@ class Model(ModelHubMixin):
         if isinstance(sampler, (AutoRegressive, FirstHitting)):
             steps = None
         length = length or self.length
-        begin, end = self._around(isinstance(prompt, str) or length > self.length)
+        begin, end = self.around(isinstance(prompt, str) or length > self.length)
         if isinstance(prompt, str):
             prompt = tuple(part.to(self.device) for part in template(prompt, self.encode, length - len(begin + end)))
         elif prompt is not None and begin:
@@ -419,7 +419,7 @@ class Model(ModelHubMixin):
         """Whether it is autoregressive and reads the first symbol of its frame before the text."""
         return self.process is None and self.frame is not None and self.ends[1] == self.frame[0]  # not so of a bos None
 
-    def _around(self, framed):
+    def around(self, framed=True):
         """(begin, end): the tokens around what it writes, each in a list: those of its frame, where it is asked for or the model cannot do without."""
         if self.frame is None or not (framed or self._starts):
             return [], []
