@@ -1,4 +1,5 @@
 """Every row of the table of methods trains, is saved, and writes; one of them by the command."""
+import csv
 import json
 import math
 import os
@@ -7,12 +8,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from duo.curriculum import Curriculum
 from duo.data import Batches, documents, pack, tokenizer
 from duo.dit import DiTConfig
 from duo.hub import Model, load, save
 from duo.likelihood import METHODS, network_vocab
+from duo.metrics import generative_perplexity
 from duo.samplers import Analytic
 from duo.training import Training, fit
 
@@ -47,11 +50,22 @@ def test_by_the_command(tmp_path):
              "valid_blocks=4", "checkpoint_every=2", "T=8"]
     run = [sys.executable, "-c", "from duo.runs import main; raise SystemExit(main())", "train/method_d3pm", *words]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run([*run, "--output", str(tmp_path)], cwd=ROOT, env=env, check=True, capture_output=True)
+    subprocess.run([*run, "lr=0.1", "--output", str(tmp_path)], cwd=ROOT, env=env, check=True, capture_output=True)
     assert json.loads((tmp_path / "metrics.json").read_text())["method"] == "d3pm"
     assert json.loads((tmp_path / "checkpoints" / "config.json").read_text())["T"] == 8
-    subprocess.run([*run, f"start={tmp_path / 'checkpoints'}", "lr=1e-12", "--output", str(tmp_path / "again")], cwd=ROOT, env=env, check=True, capture_output=True)
-    first, again = (json.loads((folder / "metrics.json").read_text())["valid_nll"] for folder in (tmp_path, tmp_path / "again"))
-    assert abs(first - again) < 1e-3, "a training begins where the weights of its start are"
+    judged, place = ["valid_samples=3", "judge=outputs/train/austen_ar/checkpoints"], tmp_path / "again"
+    words = [f"start={tmp_path / 'checkpoints'}", "start_averaged=false", "lr=1e-12", *judged, "--output", str(place)]
+    subprocess.run([*run, *words], cwd=ROOT, env=env, check=True, capture_output=True)
+    again, apart = [*load(place / "checkpoints").net.parameters()], []
+    for raw in (True, False):
+        apart.append(max((a - b).abs().max().item() for a, b in zip(load(tmp_path / "checkpoints", raw=raw).net.parameters(), again)))
+    assert 5 * apart[0] < apart[1] and apart[0] < 5e-4, "a training begins where the weights of its start are, here those of the last step"
+    texts = [json.loads(line)["text"] for line in (place / "samples.jsonl").read_text().splitlines()]
+    with open(place / "curve.csv", newline="") as file:
+        said = [float(row["generative_perplexity"]) for row in csv.DictReader(file)]
+    scores = generative_perplexity(texts, load(ROOT / "outputs/train/austen_ar/checkpoints"))
+    assert said == [pytest.approx(scores.perplexity().mean, rel=1e-4)], "the judge's perplexity of the texts of a validation"
+    wrong = subprocess.run([*run, judged[1], "--output", str(tmp_path / "other")], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1 and "judge: given" in wrong.stderr and "valid_samples 0" in wrong.stderr
     wrong = subprocess.run([*run, "method=sedd_absorb", "--output", str(tmp_path / "other")], cwd=ROOT, env=env, capture_output=True, text=True)
     assert wrong.returncode == 2 and len(wrong.stderr.splitlines()) == 1 and "T: given 8" in wrong.stderr and not (tmp_path / "other").exists()

@@ -38,13 +38,18 @@ SETS = {  # the beginning of a name, what all files of that name have in common
     "cifar10": IMAGES,
 }
 WINDOWS = {"lm1b": (30_522, -3.5, -1.75), "owt": (50_257, -3.55, -1.85), "fineweb_edu": (50_257, -3.55, -1.85)}
+OTHERWISE = {  # D3PM as paper I quotes it; the two halves of the published fine-tuning
+    "owt_d3pm": dict(max_steps=1_300_000),
+    "owt_duo_500k": dict(max_steps=500_000, curriculum_steps=500_000),
+    "owt_duo_finetune": dict(max_steps=500_000, start="outputs/train/owt_duo_500k/checkpoints", start_averaged=False, method="duo", curriculum="none"),
+}
 PAPER = {name: next(v for k, v in SETS.items() if name.startswith(k)) for name in TRAIN if name.startswith(tuple(SETS))}
 
 
 @pytest.mark.parametrize("name", PAPER)
 def test_training_settings(name):
     wanted = PAPER[name] | (dict(schedule="log-linear") if name.endswith("_loglinear") else {})
-    wanted |= dict(T=1000 if TRAIN[name]["method"] == "d3pm" else None, **({"max_steps": 1_300_000} if name == "owt_d3pm" else {}))
+    wanted |= dict(T=1000 if TRAIN[name]["method"] == "d3pm" else None) | OTHERWISE.get(name, {})
     assert {key: TRAIN[name][key] for key in wanted} == wanted
 
 
