@@ -698,14 +698,35 @@ _SHAPE = {"dit": {key: key for key in ("hidden_size", "n_blocks", "n_heads", "co
           "unet": {"hidden_size": "ch", "n_blocks": "num_res_blocks", "cond_dim": "time_size"} | {key: key for key in ("ch_mult", "attn_level", "head")}}
 
 
+def _on_hub(name):
+    """Whether this may be a repository of the hub, "owner/name" or a bare name, and is not meant as a folder here."""
+    return re.fullmatch(r"([\w-][\w.-]*/)?[\w-][\w.-]*", name) and not ("/" in name and Path(name).parent.exists())
+
+
+def _not_there(params, key):
+    """A problem where a checkpoint is neither here nor a name on the hub."""
+    given = params.get(key)
+    if not given or Path(given).exists() or _on_hub(given):
+        return []
+    ours = re.match(r"outputs/([^/]+/[^/]+)/", given)
+    if ours and Path("parameters", f"{ours[1]}.yaml").is_file():
+        return [f"{key}: given {given}, which is not there; allowed after duo-run {ours[1]}"]
+    return [f"{key}: given {given}; allowed: a folder that exists, as duo-run train/NAME writes it, a Lightning .ckpt, or a name on the hub"]
+
+
+def _as_start(match):
+    """What a problem of a checkpoint is called where the training starts from it."""
+    return "start_averaged: given false with start" if match[1] else "start"
+
+
 def check_start(p):
     """Those of `check_checkpoint` for the weights that a training begins with, and a network that these do not fit."""
     from duo.likelihood import network_vocab
 
     if p.get("start") is None:
         return []
-    known = {"checkpoint": p["start"], "tokenizer": None if Path(p["tokenizer"]).is_dir() else p["tokenizer"]}
-    out = [problem.replace("checkpoint:", "start:", 1) for problem in check_checkpoint(known)]
+    known = {"checkpoint": p["start"], "averaged": p.get("start_averaged", True), "tokenizer": None if Path(p["tokenizer"]).is_dir() else p["tokenizer"]}
+    out = [re.sub("^(averaged: given false with )?checkpoint", _as_start, problem) for problem in check_checkpoint(known)]
     config = _config(p["start"]) or {"model_type": "not here"}
     if out or "model_type" in config:  # of the hub's: whether it fits is found when it is there
         return out
@@ -725,7 +746,9 @@ def check_train(params):
     out += [] if out else check_conditional(params) or ([] if params.get("streaming") else check_length(params))
     if p["backbone"] == "dit" and p["n_heads"] > 0 and (p["hidden_size"] % p["n_heads"] or p["hidden_size"] // p["n_heads"] % 2):
         out.append(f"hidden_size: given {p['hidden_size']} for {p['n_heads']} heads; allowed: n_heads times an even number")
-    out += check_method(p) + check_course(p) + check_start(p)
+    out += check_method(p) + check_course(p) + check_start(p) + _not_there(p, "judge")
+    if p.get("judge") and (p["valid_samples"] == 0 or p["tokenizer"] == "pixels"):
+        out.append(f"judge: given {p['judge']} with valid_samples {p['valid_samples']} of {p['data']}; allowed: null, or texts to judge")
     if p["curriculum"] != "none" and p["curriculum_steps"] > p["max_steps"]:
         out.append(f"curriculum_steps: given {p['curriculum_steps']}; allowed: up to max_steps, {p['max_steps']}")
     if p["curriculum"] == "top-k" and p["top_k"] is None:
@@ -738,11 +761,6 @@ def check_train(params):
     return out
 
 # %% ../nbs/14_parameters.ipynb #f6c7dc6b
-def _on_hub(name):
-    """Whether this may be a repository of the hub, "owner/name" or a bare name, and is not meant as a folder here."""
-    return re.fullmatch(r"([\w-][\w.-]*/)?[\w-][\w.-]*", name) and not ("/" in name and Path(name).parent.exists())
-
-
 def check_checkpoint(params):
     """Problems of a run that starts from a checkpoint: the folder, a prompt that is longer than a block or has symbols that the
     tokenizer lacks, another tokenizer than the checkpoint's. A name on the hub is left to the run."""
@@ -752,12 +770,7 @@ def check_checkpoint(params):
 
     out, folder = check_data(params), Path(params["checkpoint"])
     given = f"checkpoint: given {params['checkpoint']}"
-    for key in ("checkpoint", "judge"):
-        if params.get(key) and not Path(params[key]).exists() and not _on_hub(params[key]):
-            ours = re.match(r"outputs/([^/]+/[^/]+)/", params[key])
-            here = ours and Path("parameters", f"{ours[1]}.yaml").is_file()
-            out.append(f"{key}: given {params[key]}, which is not there; allowed after duo-run {ours[1]}" if here else
-                       f"{key}: given {params[key]}; allowed: a folder that exists, as duo-run train/NAME writes it, a Lightning .ckpt, or a name on the hub")
+    out += _not_there(params, "checkpoint") + _not_there(params, "judge")
     if not folder.is_dir():
         return out
     for file in ("config.json", "tokenizer.json"):
@@ -814,7 +827,7 @@ def check_weights(params):
             from duo.hub import examine
 
             try:
-                examine(params[key], raw=params.get("averaged") is False)
+                examine(params[key], raw=params.get({"checkpoint": "averaged", "start": "start_averaged"}.get(key)) is False)
             except ValueError as error:
                 out.append(f"{key}: given {params[key]}; {error}")
     return out

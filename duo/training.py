@@ -323,7 +323,7 @@ class Progress(Callback):
     """A progress bar, and curve.csv: step, tokens, seconds, learning rate, training nats since the last row, validation nats (per token).
     A resumed run continues both. checkpoints/last.ckpt is written every `checkpoint_every` steps, at the end, and where a signal asks to stop: when
     the step and the validation that belongs to it are done, all ranks at the same one. checkpoints/best.ckpt has the best validation value. `look`, if any, is
-    called after each validation, see `fit`.
+    called after each validation, and adds to its row, see `fit`.
 
     Raises `Diverged` after the first loss or gradient norm that is not finite. On an accelerator they are looked at every `late` steps at most, so that no step waits for
     them, on a CPU after each step; before a validation and before a checkpoint is written always, the weights too."""
@@ -459,8 +459,11 @@ class Progress(Callback):
             for logger in trainer.loggers:
                 logger.log_metrics(dict(zip(self.columns[1:], row[1:])), step=trainer.global_step)
             self.write()
-        if self.look is not None:
-            self.look(trainer.global_step, trainer.is_global_zero)
+        if self.look is not None and (found := self.look(trainer.global_step, trainer.is_global_zero)):
+            self.rows[-1] |= found
+            for logger in trainer.loggers:
+                logger.log_metrics(found, step=trainer.global_step)
+            self.write()
         if row[-1] <= min(r["valid_nll"] for r in self.rows):
             trainer.save_checkpoint(self.best)
         self.step_done(trainer)
@@ -469,7 +472,7 @@ class Progress(Callback):
         """Writes curve.csv whole."""
         temporary = self.path.with_name(self.path.name + ".tmp")
         with open(temporary, "w", newline="") as f:
-            writer = csv.DictWriter(f, self.columns)
+            writer = csv.DictWriter(f, dict.fromkeys(key for row in self.rows for key in row))
             writer.writeheader()
             writer.writerows(self.rows)
         os.replace(temporary, self.path)
@@ -703,7 +706,7 @@ def fit(module, batches, valid, folder, *, max_steps, device_batch_size=None, de
     """Train `module` on `batches` (`data.Batches`) in `folder`, validating every `valid_every` steps and after the last on the rows of `valid`: (N, L), or the pair of that and a
     dict of what belongs to them, as in `Steps`. Goes on from folder/checkpoints/last.ckpt where it exists. With a `label`, shows a progress bar of that name. precision "auto" is bf16 on a GPU, float32 elsewhere;
     devices and strategy as in `group` and `strategy_for`; `logger` is one of Lightning's, or None. After each validation every process calls `look(step, first)`, with
-    whether it is the first one; what it draws must come from generators of its own.
+    whether it is the first one; what it draws must come from generators of its own, and the numbers that the first one returns, a dict, go into the row of curve.csv.
     Returns {"steps", "tokens", "seconds", "valid_nll", "best_valid_nll", "best_step"}, None where the checkpoint is beyond `max_steps`;
     `module.ema` holds the averaged weights. Raises KeyboardInterrupt after a signal, and `Diverged` where numbers are no longer finite, see `Progress`."""
     folder = Path(folder)
