@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 
 # %% ../nbs/08_files.ipynb #91e90bcd
 def shown(value) -> str:
-    """The `repr` of a value from outside, at most 80 characters."""
-    text = repr(value)
+    """The `repr` of a value from outside, in one line of at most 80 characters."""
+    text = " ".join(repr(value).split())
     return text if len(text) <= 80 else f"{text[:79]}…"
 
 

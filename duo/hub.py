@@ -16,7 +16,7 @@ import math
 import os
 import re
 import shutil
-from numbers import Integral
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from .dit import DiT, DiTConfig, precise
 from .files import check_archive, check_pointer, load_tensors, save_tensors, shown, some, tensor_shapes
 from .likelihood import METHODS, Staircase, clean_bias, left_to_right_nll, linear_nelbo, linear_score_nelbo, make_process, network_vocab, score_scale
 from .metrics import Scores, alike, judge_of
-from .processes import Absorbing, Process
+from .processes import Absorbing, Process, check_generator, check_tokens
 from .samplers import SAMPLERS, Ancestral, AutoRegressive, FirstHitting, LogScores, guided, make_sampler, sample, sample_in_frame, sample_strides, template
 from .schedules import SCHEDULES, Cosine, LogLinear
 from .unet import UNet, UNetConfig, unet_nelbo
@@ -119,6 +119,21 @@ def _tokens(what, given, size, dims=(1,)) -> torch.Tensor:
     if tokens.dim() not in dims or tokens.dtype.is_floating_point or tokens.numel() and not 0 <= tokens.min() <= tokens.max() < size:
         raise ValueError(f"{what}: given {' '.join(repr(given)[:60].split())}; allowed: tokens {' or '.join(('(n,)', '(N, n)')[:len(dims)])}, whole numbers from 0 to {size - 1}")
     return tokens
+
+
+def _undropped(method):
+    """A method of `Model` whose network is in evaluation, and afterwards as it was."""
+    @functools.wraps(method)
+    def call(self, *args, **options):
+        training = [module for module in self.net.modules() if module.training]
+        for module in training:
+            module.training = False
+        try:
+            return method(self, *args, **options)
+        finally:
+            for module in training:
+                module.training = True
+    return call
 
 
 def _precisely(method):
@@ -213,6 +228,8 @@ class Model(ModelHubMixin):
         """Tokens (n,) of a text (or an image); ValueError for a character that the tokenizer lacks."""
         if not isinstance(text, str) and not isinstance(self.tokenizer, PixelTokenizer):
             raise ValueError(f"encode: given {repr(text)[:60]}; allowed: one text (str)")
+        if isinstance(text, str) and re.search("[\ud800-\udfff]", text):
+            raise ValueError(f"encode: given {shown(text)}; allowed: a text without surrogates, which stand for no character")
         return torch.tensor(self.tokenizer.encode(text), dtype=torch.int64)
 
     def decode(self, tokens) -> Any:
@@ -241,6 +258,8 @@ class Model(ModelHubMixin):
         """(B, L) nats of x0 (B, L) at times t (B,): one draw of the bound (paper I, Eq. 17), or the exact −log p of an autoregressive model, 0 for
         a first token that is the one it begins with. A network
         with classes is told the `labels` (B,), or none."""
+        check_tokens("x0", x0, self.net.config.vocab_size)
+        labels = self._labels(labels, len(x0))
         if self.process is None:
             never, start = self.ends
             bias = self.net.head.bias.index_fill(0, torch.full((), never, device=x0.device), -torch.inf)
@@ -254,6 +273,16 @@ class Model(ModelHubMixin):
         schedule = Staircase(self.schedule, self.T) if self.T else self.schedule
         alpha, alpha_dot = schedule.alpha(t)[:, None], schedule.alpha_dot(t)[:, None]
         return self.process.corrupt(x0, alpha, generator), alpha, alpha_dot
+
+    def _labels(self, labels, n):
+        """Classes (n,) on the network's device, given as one or as (n,); ValueError for what are none."""
+        if labels is None:
+            return None
+        with contextlib.suppress(ValueError, TypeError, RuntimeError):
+            given = torch.as_tensor(labels, device=self.device)
+            if given.dtype in (torch.int64, torch.int32) and given.shape in ((), (n,)):
+                return given.long().expand(n)
+        raise ValueError(f"labels: given {shown(labels)}; allowed: one class, a whole number, or ({n},) of them")
 
     def counted(self, x0) -> torch.Tensor:
         """(B, L) bool: the tokens of x0 (B, L) that `loss` scores, all but the first ones that an autoregressive model is given."""
@@ -279,6 +308,7 @@ class Model(ModelHubMixin):
         frame = self.frame if self.frame and (layout == "padded" or self.frame[0] is not None) else ()
         return load_blocks(data, split, self.tokenizer, length or self.length, layout, separator, frame=frame, **options)
 
+    @_undropped
     def nll(self, texts, draws: int = 8, batch_size: int = 32, generator=None, seed: int | None = None, beyond: str = "chunks") -> Scores:
         """Scores of texts (list of str) or tokens (N, n): nats, tokens and characters of each. The nats are exact of an autoregressive model, else a
         bound: the mean of `draws` draws, of each text one in each draws-th of the times, and noisy for short texts: `nats_se` of the scores is its standard
@@ -289,11 +319,11 @@ class Model(ModelHubMixin):
         For a data set and its Monte-Carlo error see `metrics.evaluate_bound(model.loss, …)`.
         """
         _whole_numbers(1, draws=draws, batch_size=batch_size)
-        _whole_numbers(0, seed=seed)
+        _whole_numbers(0, 2**63 - 1, seed=seed)
+        check_generator(generator)
         if beyond not in ("chunks", "truncate"):
-            raise ValueError(f"beyond: given {repr(beyond)[:80]}; allowed: chunks, truncate")
-        if seed is None:
-            seed = int(torch.randint(2**62, (1,), generator=generator, device=generator.device if generator else "cpu"))
+            raise ValueError(f"beyond: given {shown(beyond)}; allowed: chunks, truncate")
+        seed = int(torch.randint(2**62, (1,), generator=generator, device=generator.device if generator else "cpu") if seed is None else seed)
         texts = [texts] if isinstance(texts, str) or not hasattr(texts, "__iter__") else texts
         rows = [self.encode(t) if isinstance(t, str) else _tokens("nll", t, self.tokenizer.vocab_size) for t in texts]
         blocks = [(i, block) for i, row in enumerate(rows) for block in self._blocks(row)[: 1 if beyond == "truncate" else None]]
@@ -304,6 +334,8 @@ class Model(ModelHubMixin):
             owners, same = zip(*((i, block) for i, block in blocks if len(block) == size))
             x0 = torch.stack(same)
             found = self._nats(x0, draws, batch_size, [(seed, times[i]) for i in owners])
+            if found.isnan().any():
+                raise ValueError("nll: what the network says is not a number (NaN): its weights are not finite, or overflow")
             nats.index_add_(0, torch.tensor(owners), found.mean(1))
             tokens.index_add_(0, torch.tensor(owners), self.counted(x0).sum(1).double())
             letters.index_add_(0, torch.tensor(owners), torch.tensor([int(characters(self._bare(block)[None], self.tokenizer)[0]) for block in same]).double())
@@ -346,6 +378,12 @@ class Model(ModelHubMixin):
         x0 = row.expand(draws, -1)
         return 3 * u**2, x0, *self._noised(x0, u**3, generator)
 
+    def _generator(self, generator, seed):
+        """The generator that is given, or that of a seed."""
+        check_generator(generator)
+        _whole_numbers(0, 2**63 - 1, seed=seed)
+        return generator if seed is None else torch.Generator(self.device).manual_seed(int(seed))
+
     def sample(self, n: int = 1, steps: int = 64, prompt=None, seed: int | None = None, *, sampler=None, top_p: float = 1.0, tail: str = "sample",
                temperature: float = 1.0, length: int | None = None, stride: int | None = None, stop=None, labels=None, guidance: float = 1.0,
                batch_size: int = 64, generator=None, callback=None) -> list[str]:
@@ -360,6 +398,7 @@ class Model(ModelHubMixin):
         tokens = torch.as_tensor(tokens)
         return [self.text(row) for row in tokens] if tokens.dim() == 2 else self.decode(self._bare(tokens))
 
+    @_undropped
     @_precisely
     def sample_tokens(self, n: int = 1, steps: int = 64, sampler=None, top_p: float = 1.0, tail: str = "sample", prompt=None, seed: int | None = None,
                       generator=None, batch_size: int = 64, callback=None, temperature: float = 1.0, stop=None, length: int | None = None,
@@ -375,14 +414,14 @@ class Model(ModelHubMixin):
         Raises ValueError for a prompt that is longer than a block's strides allow, and for labels that do not fit.
         """
         _whole_numbers(1, n=n, batch_size=batch_size, length=length, stride=stride)
-        _whole_numbers(0, seed=seed)
+        generator = self._generator(generator, seed)
         if not (prompt is None or isinstance(prompt, str) or isinstance(prompt, (tuple, list)) and len(prompt) == 2 and all(isinstance(part, torch.Tensor) for part in prompt)):
             raise ValueError(f"prompt: given {repr(prompt)[:60]}; allowed: one text, or (tokens, is_fixed), two tensors of a block")
         if labels is None and guidance != 1:
             raise ValueError(f"guidance {guidance} needs labels, the classes of the samples")
-        labels = None if labels is None else torch.as_tensor(labels, device=self.device).expand(n)
-        if seed is not None:
-            generator = torch.Generator(self.device).manual_seed(seed)
+        labels = self._labels(labels, n)
+        if not (isinstance(guidance, Real) and math.isfinite(guidance)):
+            raise ValueError(f"guidance: given {shown(guidance)}; allowed: a number")
         sampler = self._sampler(sampler)
         if isinstance(sampler, (AutoRegressive, FirstHitting)):
             steps = None
@@ -404,6 +443,8 @@ class Model(ModelHubMixin):
             denoiser = self.denoiser if labels is None else guided(self.net, guidance, labels[a:a + b])
             found.append(write(denoiser, self.process, self.schedule, (b, length), steps, **options))
         x = torch.cat(found)
+        if x.device.type != "cpu" and not torch.stack(torch._foreach_norm([*self.net.parameters()], math.inf)).isfinite().all():  # on a CPU each draw looks at its logits
+            raise ValueError("sample: the network's weights are not finite")
         return self._ended(torch.cat([x.new_tensor(begin).expand(n, -1), x, x.new_tensor(end).expand(n, -1)], 1))
 
     def _ended(self, x):

@@ -13,12 +13,13 @@ __all__ = ['TAILS', 'SAMPLERS', 'KAPPAS', 'Step', 'Linear', 'Hold', 'Constant', 
 import math
 import re
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import NamedTuple
 
 import torch
 
 from .dit import Cache
-from .processes import Absorbing, _f64
+from .processes import Absorbing, check_generator, readable, _f64
 
 # %% ../nbs/11_samplers.ipynb #42aed84d
 class Step(NamedTuple):
@@ -51,9 +52,14 @@ class Linear:
 
 def _number(name, value, low, high, open_low=False):
     """One-line ValueError unless `value` is a number in [low, high], or in (low, high] where `open_low`."""
-    real = isinstance(value, (int, float)) and not isinstance(value, bool)
+    real = isinstance(value, Real) and not isinstance(value, bool)
     if not real or not low <= value <= high or (open_low and value == low):
-        raise ValueError(f"{name} must be a number in {'(' if open_low else '['}{low:g}, {high:g}], got {value!r}")
+        raise ValueError(f"{name} must be a number in {'(' if open_low else '['}{low:g}, {high:g}], got {repr(value)[:80]}")
+
+
+def _is_whole(value, least=1):
+    """Whether `value` is a whole number of at least `least`, numpy's included."""
+    return isinstance(value, Integral) and not isinstance(value, bool) and value >= least
 
 # %% ../nbs/11_samplers.ipynb #41cc028a
 def _phase(index, steps, high_frac, middle_frac):
@@ -249,7 +255,7 @@ class Gibbs:
 
     def __post_init__(self):
         _number("share", self.share, 0, 1, open_low=True)
-        if isinstance(self.calls, bool) or not isinstance(self.calls, int) or self.calls < 1:
+        if not _is_whole(self.calls):
             raise ValueError(f"calls must be a whole number of corrections after each step, at least 1, got {self.calls!r}")
 
 
@@ -278,7 +284,7 @@ class AutoRegressive:
 
 def plan(schedule, steps, sampler=Ancestral()):
     """One `Step` per network call. Raises ValueError for steps < 1 and for a held step with κ = 1, which would change nothing."""
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+    if not _is_whole(steps):
         raise ValueError(f"steps must be a whole number of network calls, at least 1, got {steps!r}")
     if isinstance(sampler, Gibbs):
         levels = max((steps + sampler.calls) // (sampler.calls + 1), min(2, steps))
@@ -469,7 +475,8 @@ def _clamped(prompt, shape, device, vocab_size=None, mask_id=None):
 
 
 def _device(denoiser, prompt, generator, device):
-    """Where to sample: `device` if given, else the network's, the generator's or the prompt's, else the CPU."""
+    """Where to sample: `device` if given, else the network's, the generator's or the prompt's, else the CPU. ValueError for what is no generator."""
+    check_generator(generator)
     if device is None and isinstance(denoiser, torch.nn.Module):
         device = next((p.device for p in denoiser.parameters()), None)
     if device is None:
@@ -485,6 +492,8 @@ def greedy_tail(process, logits, xt, alpha_t, posterior=False):
     if process.mask_id is not None:
         logits = logits.index_fill(-1, torch.full((), process.mask_id, device=logits.device), -math.inf)
     best, token = logits.max(-1)
+    if readable(best) and not best.isfinite().all():
+        raise ValueError("logits must be finite or -inf, with one in each row that is finite; got a row without, or with NaN or +inf")
     prior = process.prior_at(xt)
     keep = prior == 0
     if posterior:
@@ -503,7 +512,9 @@ def check_sampler(sampler, process, time_conditioning=False, scores=False, tail=
                else f"{process}, whose mask would stay in the text")
         raise ValueError(f"tail: given none with {why}; allowed: {', '.join(TAILS[:-1])}")
     _number("top_p", top_p, 0, 1, open_low=True)
-    _number("temperature", temperature, 0, math.inf, open_low=True)
+    _number("temperature", temperature, 1e-6, 1e6)  # beyond, float32 no longer holds what is divided by it
+    if stop is not None and not hasattr(stop, "update"):
+        raise ValueError(f"stop must be Settled(...) or None, got {repr(stop)[:80]}")
     masks, ar = process is not None and process.p_uniform == 0, isinstance(sampler, AutoRegressive)
     plain, plain_end = (top_p, temperature, stop) == (1, 1, None), tail == "sample" and stop is None and not scores
     for wrong, why in (
@@ -549,7 +560,7 @@ class Settled:
 
     def __post_init__(self):
         _number("entropy", self.entropy, 0, math.inf, open_low=True)
-        if isinstance(self.calls, bool) or not isinstance(self.calls, int) or self.calls < 1:
+        if not _is_whole(self.calls):
             raise ValueError(f"calls must be a whole number, at least 1, got {self.calls!r}")
 
     def update(self, memory, process, logits, x, alpha, where):
@@ -716,7 +727,7 @@ def sample_ar(
     is written) and logits (B, 1, K).
     Raises ValueError for a prompt that is not a prefix and for a `DiT` that is not causal."""
     batch, length = shape
-    if isinstance(bos, bool) or not isinstance(bos, int):
+    if not _is_whole(bos, 0):
         raise ValueError(f"bos must be the number of the beginning-of-text symbol, got {bos!r}")
     device = _device(denoiser, prompt, generator, device)
     tokens, fixed = _clamped(prompt, shape, device, mask_id=bos)
@@ -785,7 +796,7 @@ def sample_strides(denoiser, process, schedule, shape, steps, block, stride, pro
     `steps` network calls each time; `prompt` covers the whole text; `write` is what writes a block, with the options of `sample`. Raises ValueError
     unless 1 ≤ stride < block, and for tail none."""
     for name, value, low, high in (("block", block, 2, math.inf), ("stride", stride, 1, block - 1)):
-        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        if not _is_whole(value, low) or value > high:
             raise ValueError(f"{name} must be a whole number in [{low}, {high:g}], got {value!r}")
     if options.get("tail") == "none":
         raise ValueError(f"tail: given none in strides, which begin with what is written; allowed: {', '.join(TAILS[:-1])}")
@@ -827,7 +838,7 @@ KAPPAS = {"cap": Cap, "rescale": Rescale, "rescale-min": RescaleMin, "remask": R
 
 def _make_kappa(name, value, eta, **loop):
     """A κ schedule from a number or a name of `KAPPAS`."""
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
+    if isinstance(value, Real) and not isinstance(value, bool):
         _number(name, value, 0, 1)
         return Constant(float(value))
     if not isinstance(value, str) or value not in KAPPAS:
