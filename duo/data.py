@@ -34,7 +34,7 @@ import numpy as np
 import torch
 
 import duo
-from .content import LARGE, Stream, cache_folder, digest, digests, fields, key_of, kind_of, look, seal, sealed, table, write
+from .content import LARGE, Stream, cache_folder, digest, digests, fields, key_of, kind_of, look, seal, sealed, table, write, writing
 
 _ASSETS = Path(duo.__file__).parent / "assets"
 
@@ -946,12 +946,10 @@ def prepare(data, split, tokenizer, separator=(), workers=None, progress=False):
     """Tokenise a split into its store, unless it is there; returns the folder. `workers` processes (default: the cores of this process).
 
     Stopped at any moment and repeated, it goes on; of two at once, one waits for the other. Raises ValueError where the data set has no token."""
-    from filelock import FileLock
     folder, key = store_path(data, split, tokenizer, separator)
     if not (folder / "store.json").exists():
         texts = documents(data, split)
-        _make(folder)
-        with FileLock(folder / "lock"):
+        with writing(), _locked(folder):
             if not (folder / "store.json").exists():
                 lost = _lost(data, split, texts, tokenizer)
                 counts = _tokenise(texts, tokenizer, separator, folder, key, workers, progress)
@@ -969,12 +967,11 @@ def prepare(data, split, tokenizer, separator=(), workers=None, progress=False):
     return folder
 
 
-def _make(folder):
-    """Make a folder of $DUO_CACHE; ValueError where it cannot be written."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"DUO_CACHE: {str(cache_folder())!r} cannot be written ({error.strerror}); allowed: a folder of one's own") from None
+def _locked(folder):
+    """The lock of a folder, which is made."""
+    from filelock import FileLock
+    folder.mkdir(parents=True, exist_ok=True)
+    return FileLock(folder / "lock")
 
 
 def _tokenise(texts, tokenizer, separator, folder, key, workers, progress):
@@ -1175,7 +1172,7 @@ def _few(data, split, tokens, length, frame):
     times = -(-5 * (length - frame) // (4 * max(tokens, 1)))  # a quarter more, since texts differ
     file = f" ({times * os.path.getsize(data):,} bytes in the file)" if data not in DATASETS and Path(data).is_file() else ""
     shorter = f"length up to {tokens + frame}, or " if tokens >= 8 else ""
-    return f"{tokens} tokens do not fill one block of length={length} (data {data}, split {split}); allowed: {shorter}{times} times as much text{file}"
+    return f"{tokens} tokens do not fill one block of length={length} (data {str(data)!r}, split {split}); allowed: {shorter}{times} times as much text{file}"
 
 
 def load_blocks(data, split, tokenizer, length, layout=None, separator=None, workers=None, progress=False, frame=None):
@@ -1276,7 +1273,6 @@ class Streamed:
         self.data, self.split, self.segment, self.separator = data, split, segment, separator
         self.rows = documents(data, split, streaming=True)
         self.folder = Path(folder or store_path(data, split, tokenizer, separator)[0].as_posix() + f"-stream-{length}-{segment}")
-        _make(self.folder)
         self.tokenizer, self.batch_size, self.seed = tokenizer, batch_size, seed
         self.blocks = SimpleNamespace(length=length, frame=frame, content=length - len(frame), ends=None)
         self._index, self._open, self._ahead = {"rows": [], "sums": [], "state": [self.rows.state_dict()], "end": False}, {}, ThreadPoolExecutor(1)
@@ -1298,10 +1294,9 @@ class Streamed:
 
     def _tokens(self, k):
         """The tokens of segment k, a whole number of rows; tokenised where its file is not there. Segments are known in turn."""
-        from filelock import FileLock
         if (stream := self._kept(k)) is not None:
             return stream
-        with FileLock(self.folder / "lock"):
+        with writing(), _locked(self.folder):
             index = self._known()
             if (stream := self._kept(k)) is not None:
                 return stream

@@ -150,12 +150,14 @@ def _read(path, inode, size, mtime, ctime):
     """`_arrays`, kept as long as the file is as it was."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            names = arrays.files
+            names, most = arrays.files, max(1 << 30, 100 * size)
+            if (bytes := sum(entry.file_size for entry in arrays.zip.infolist())) > most:
+                raise ValueError(f"{bytes:,} bytes when unpacked; allowed: {most:,}")
             x, y, classes = (arrays[name] if name in names else None for name in ("x", "y", "classes"))
     except Exception as error:  # damaged files end in errors of many kinds
-        raise ValueError(f"is not a file of numpy.savez without pickles ({(str(error).splitlines() or [type(error).__name__])[0][:100]})") from None
+        raise ValueError(f"is not a file of numpy.savez without pickles ({repr((str(error).splitlines() or [type(error).__name__])[0])[1:-1][:100]})") from None
     if x is None:
-        raise ValueError(f"has no x, the images (N, height, width, channels) of uint8; it has {', '.join(names)[:80] or 'nothing'}")
+        raise ValueError(f"has no x, the images (N, height, width, channels) of uint8; it has {repr(', '.join(names))[1:-1][:80] or 'nothing'}")
     x = _bytes(x)
     return x, *((None, ()) if y is None else _classes(y, len(x), classes))
 
@@ -190,7 +192,7 @@ def _classes(y, n, names):
         known, y = np.unique(y, return_inverse=True)
         order = [str(name) for name in (known if names is None else names)]
         if missing := [str(name) for name in known if str(name) not in order]:
-            raise ValueError(f"has y {missing[0]!r}, which is none of its classes; {allowed}")
+            raise ValueError(f"has y {repr(missing[0])[:80]}, which is none of its classes; {allowed}")
         return np.array([order.index(str(name)) for name in known])[y], tuple(order)
     low, high, most = y.min(), y.max(), 1 << 16 if names is None else len(names)
     if not (0 <= low <= high < most and (y == np.rint(y)).all()):

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +60,10 @@ def cases(tmp_path_factory):
         np.savez_compressed(folder / f"{name}.npz", x=pictures, y=labels)
     (folder / "cut.npz").write_bytes((folder / "plain.npz").read_bytes()[:9000])
     (folder / "empty.npz").write_bytes(b"")
+    with zipfile.ZipFile(folder / "bomb.npz", "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive, archive.open("x.npy", "w", force_zip64=True) as entry:
+        np.lib.format.write_array_header_1_0(entry, {"descr": "|u1", "fortran_order": False, "shape": (400_000, 32, 32, 3)})
+        for _ in range(150):
+            entry.write(bytes(8_192_000))
     np.save(folder / "array.npy", x)
     os.replace(folder / "array.npy", folder / "array.npz")
     return folder
@@ -143,7 +148,7 @@ def test_images_whose_meaning_is_plain(name, cases):
 
 @pytest.mark.parametrize("name, words", [
     ("neg", "has y from -1 to 9"), ("obj", "Object arrays cannot be loaded"), ("cut", "is not a file of numpy.savez"), ("empty", "is not a file of numpy.savez"), ("array", "is not a file of numpy.savez"), ("signed", "has x from -1.0 to 0.96"),
-    ("nan", "has x from nan to nan"), ("few", "N at least 3"), ("other", "has y (9,)"), ("half", "has y from 0.5 to 9.5"), ("two", "has y (200, 10)"), ("huge", "below 65536")])
+    ("nan", "has x from nan to nan"), ("few", "N at least 3"), ("other", "has y (9,)"), ("half", "has y from 0.5 to 9.5"), ("two", "has y (200, 10)"), ("huge", "below 65536"), ("bomb", "bytes when unpacked; allowed: 1,073,741,824")])
 def test_images_that_are_refused_at_the_door(name, words, cases):
     for target in ("train/twemoji_duo", "fid/twemoji_duo"):
         problems = door(target, data=str(cases / f"{name}.npz"))
@@ -268,7 +273,8 @@ def test_a_damaged_store_is_one_line(large, at, cases, monkeypatch):
     assert load()[:].tolist() == expected
 
 
-def test_damaged_parts_are_made_again(at, cases, monkeypatch):
+@pytest.mark.parametrize("which", ["parts", "plan.json"])
+def test_damaged_parts_are_made_again(which, at, cases, monkeypatch):
     """An interrupted preparation whose parts were cut, zeroed or flipped ends with the same bytes; what was whole is kept."""
     file, tok = cases / "plain.txt", tokenizer("bpe1024")
     folder = prepare(file, "train", tok, workers=1)
@@ -277,8 +283,8 @@ def test_damaged_parts_are_made_again(at, cases, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(data, "_join", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         prepare(file, "train", tok, workers=1)
-    parts = sorted((folder / "parts").iterdir())
-    assert len(parts) == 3 * 4 + 1
+    parts = [path for path in sorted((folder / "parts").iterdir()) if (path.name == "plan.json") == (which == "plan.json")]
+    assert len(parts) == (1 if which == "plan.json" else 3 * 4)
     for path, damage in zip(parts, itertools.cycle(DAMAGES.values())):
         path.write_bytes(damage(path.read_bytes()))
     assert prepare(file, "train", tok, workers=1) == folder and [(folder / name).read_bytes() for name in ("tokens.bin", "ends.bin")] == whole
@@ -395,6 +401,10 @@ def test_a_cache_that_cannot_be_written_is_named(at, monkeypatch, cases):
     monkeypatch.setenv("DUO_CACHE", str(at / "file/cache"))
     with pytest.raises(ValueError, match="DUO_CACHE: '.*file/cache' cannot be written"):
         load_blocks(cases / "plain.txt", "train", "bpe1024", 16)
+    monkeypatch.setenv("DUO_CACHE", str(at / "full"))
+    monkeypatch.setattr(data, "write", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(ValueError, match="DUO_CACHE: '.*full' cannot be written .No space left on device."):
+        prepare(cases / "plain.txt", "train", tokenizer("bpe1024"), workers=1)
 
 
 def test_short_parts_of_the_package(at):
