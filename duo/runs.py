@@ -35,7 +35,7 @@ from importlib import metadata
 from pathlib import Path
 
 import duo
-from .parameters import RunError, describe, find, find_root, find_target, here, launcher, listing, needed, outputs, plan, printable, read_flat, read_json, read_overrides, read_parameters, read_text, shown, table
+from .parameters import RunError, describe, find, find_root, find_target, here, launcher, listing, needed, outputs, plan, printable, processes, read_flat, read_json, read_lines, read_overrides, read_parameters, read_text, shown, table
 
 # %% ../nbs/15_runs.ipynb #50003202
 def _plain(value):
@@ -766,20 +766,21 @@ def _slip(word, parameters):
     """What is wrong with a word behind --slurm, if anything."""
     key, equals, _ = word.removeprefix("--").partition("=")
     if key in parameters:
-        return f"command line: {word}: {key} is a parameter of the run; put it before --slurm"
+        return f"command line: {shown(word)}: {key} is a parameter of the run; put it before --slurm"
     if not equals:
-        return f"command line: {word}: allowed after --slurm: option=value, by the long names of sbatch"
+        return f"command line: {shown(word)}: allowed after --slurm: option=value, by the long names of sbatch"
     close = () if key in _SBATCH else difflib.get_close_matches(key, _SBATCH, 1, 0.8)
-    return f"command line: {word}: no option of sbatch; did you mean {close[0]}?" if close else None
+    return f"command line: {shown(word)}: no option of sbatch; did you mean {close[0]}?" if close else None
 
 
 def read_slurm(root, words=(), parameters=()):
     """The options of sbatch as a dict of texts: those of parameters/slurm.yaml, and the words `option=value` over them; and the number of
     processes that they start. Raises `RunError` with every problem found, a name among the `parameters` of the run being one."""
-    import yaml
-
     path = root / "parameters" / "slurm.yaml"
-    options = (yaml.load(path.read_text(encoding="utf-8"), yaml.BaseLoader) or {}) if path.exists() else {}  # all texts: 4:00:00 is no number
+    try:
+        options = {key: node.value if isinstance(node.value, str) else raw for _, key, raw, node in read_lines(path)} if find(path) else {}  # all texts: 4:00:00 is no number
+    except ValueError as error:
+        raise RunError(f"{here(path)}{error}") from None
     problems = [problem for word in words if (problem := _slip(word, parameters))]
     options |= dict(word.removeprefix("--").split("=", 1) for word in words if "=" in word)
     options = {k: v for k, v in options.items() if v not in ("", "null", "none")}
@@ -787,7 +788,7 @@ def read_slurm(root, words=(), parameters=()):
     options.setdefault("ntasks-per-node", options.get("gpus-per-node", "1").rpartition(":")[2])
     for key in ("nodes", "ntasks-per-node"):
         if not options[key].isdigit() or not int(options[key]):
-            problems.append(f"slurm: {key}: given {options[key]}; allowed: a number, at least 1")
+            problems.append(f"slurm: {key}: given {shown(options[key])}; allowed: a number, at least 1")
     if problems:
         raise RunError(problems)
     return options, int(options["nodes"]) * int(options["ntasks-per-node"])
@@ -886,11 +887,11 @@ def _folded(rows, width):
 def _collect(patterns, root, output=None):
     """Prints the table of the runs that match, and keeps it as runs.csv and their curves as figures/curves.png in the folder `output`."""
     home = outputs(root)
-    of = {p: [f for f in sorted(glob.glob(str(home / p)) or glob.glob(str(Path(p).resolve()))) if Path(f).is_dir()] for p in patterns}
+    of = {p: [str(home / p)] if os.path.isdir(home / p) else [p] if os.path.isdir(p) else sorted(filter(os.path.isdir, glob.glob(str(home / p)) or glob.glob(p))) for p in patterns}
     found = collected([folder for folders in of.values() for folder in folders], home)
     if not found or not all(of.values()):
-        nothing = " ".join(patterns if not found else [p for p, folders in of.items() if not folders])
-        raise RunError(f"collect: no run in {nothing or 'nothing'}; allowed: folders of runs, as in duo-run collect 'train/*'")
+        nothing = shown(" ".join(patterns if not found else [p for p, folders in of.items() if not folders]))
+        raise RunError(f"collect: no run in {nothing if patterns else 'nothing'}; allowed: folders of runs, as in duo-run collect 'train/*'")
     target = Run(Path(os.path.realpath(output)) if output else home / "collect")
     _check_writable(target.folder)
     _check_ours(target.folder / "runs.csv", ",wall_seconds")
@@ -925,7 +926,8 @@ USAGE = """duo-run VERB/NAME [key=value ...] [--output DIR] [--restart] [--dry-r
   runs nbs/run/VERB.ipynb on parameters/VERB/NAME.yaml into outputs/VERB/NAME/
 
   key=value      another value for one parameter; key=a,b,c runs once for each value, into VERB/NAME/key=a/ and so on;
-                 a text keeps its comma in two kinds of quotes: prompt='"a, b"'
+                 a text keeps its comma in two kinds of quotes, data='"a,b.txt"', and prompt=... is one text as it is typed,
+                 {{ and }} in it are braces (several prompts: a list in the YAML file); paths are relative to where you are
   --output DIR   another folder for the results
   --restart      discards the results and checkpoints that are there; without it the same command goes on where it stopped
   --dry-run      says what would be run, or submitted, and starts nothing
@@ -953,6 +955,24 @@ COLLECT = """duo-run collect FOLDER [FOLDER ...] [--output DIR]
   finished the last line of its log. A curve is its curve.csv: validation nats per token against optimiser steps."""
 
 
+_GROUP = {"torchrun": ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"), "srun": ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID", "SLURM_NTASKS", "SLURM_NNODES")}
+
+
+def _check_group():
+    """Raises `RunError` for an environment that speaks of several processes and is not that of torchrun or srun, or not all of it."""
+    env, how = os.environ, launcher()
+    for name in ("RANK", "SLURM_PROCID", "WORLD_SIZE", "SLURM_NTASKS", "SLURM_NNODES"):
+        if not re.fullmatch("[0-9]{0,9}", env.get(name, "")):
+            raise RunError(f"{name}: given {shown(env[name])}; allowed: a number, as torchrun or srun gives it")
+    several = int(env.get(_GROUP[how][2 if how == "torchrun" else 3]) or 1) > 1 if how else False
+    if several and (missing := [name for name in _GROUP[how] if not env.get(name)]):
+        raise RunError(f"{missing[0]}: not set under {how}, which sets it; allowed: {how} ... duo-run, or one process without {'TORCHELASTIC_RUN_ID' if how == 'torchrun' else 'SLURM_STEP_ID'}")
+    if not how and (int(env.get("RANK") or 0) or int(env.get("WORLD_SIZE") or 1) > 1):
+        raise RunError(f"RANK: given {env.get('RANK') or 'nothing'} and WORLD_SIZE {env.get('WORLD_SIZE') or 'nothing'} without torchrun; allowed: one process without them, or torchrun --no-python duo-run ...")
+    if not how and int(env.get("SLURM_NTASKS") or 1) > 1:
+        raise RunError(f"SLURM_NTASKS: given {env['SLURM_NTASKS']} without srun; allowed: srun duo-run ..., or env -u SLURM_NTASKS duo-run ... for one process")
+
+
 def _main(words):
     """The command without its last resort: prints what is asked, or runs; returns the exit status."""
     at = words.index("--slurm") if "--slurm" in words else None
@@ -961,7 +981,7 @@ def _main(words):
     try:
         options, plain = getopt.gnu_getopt(words, "h", ["output=", "restart", "dry-run", "smoke", "list", "help"])
     except getopt.GetoptError as error:
-        option = "-" * min(len(error.opt), 2) + error.opt
+        option = shown("-" * min(len(error.opt), 2) + error.opt)
         if "requires argument" in error.msg:
             raise RunError(f"command line: {option}: given nothing; allowed: a folder, as in {option} DIR") from None
         raise RunError(f"command line: {option}; allowed: --output DIR, --restart, --dry-run, --smoke, --slurm, --list, --help") from None
@@ -969,9 +989,9 @@ def _main(words):
     if "help" in options and not plain or not words:
         print(USAGE)
         return 0 if words else 2
-    for name in ("RANK", "SLURM_PROCID", "WORLD_SIZE", "SLURM_NTASKS"):
-        if not (os.environ.get(name) or "0").isdigit():
-            raise RunError(f"{name}: given {os.environ[name]}; allowed: a number, as torchrun or srun gives it")
+    _check_group()
+    if os.environ.get("DUO_OUTPUTS"):
+        os.environ["DUO_OUTPUTS"] = os.path.abspath(os.environ["DUO_OUTPUTS"])  # the kernel stands in the root
     if options.get("output") == "":
         raise RunError("command line: --output: given nothing; allowed: a folder, as in --output DIR")
     root = find_root()
@@ -1038,7 +1058,7 @@ def _start(jobs, root, restart, dry, slurm):
     if _rank():
         _one(job, root, restart)
         return 0
-    _say(f"{job.target} -> {here(job.folder)}")
+    _say(f"{job.target} -> {here(job.folder)}" + (f", with {processes() - 1} other processes of {launcher()}, for which it waits" if launcher() and processes() > 1 else ""))
     metrics = _scalars(_one(job, root, restart).metrics())
     _say(f"{job.target} finished in {time.monotonic() - clock:.1f} s")
     if metrics:
@@ -1049,10 +1069,12 @@ def _start(jobs, root, restart, dry, slurm):
 def main(words=None):
     """The command `duo-run`; returns the exit status."""
     try:
-        return _main(sys.argv[1:] if words is None else words)
+        with _Stop():
+            return _main(sys.argv[1:] if words is None else words)
     except RunError as error:
-        for problem in error.problems if error.status == 1 or not _rank() else ():
-            _say(f"process {_rank()}: {problem}" if _rank() else problem)
+        rank = _rank() if launcher() else 0
+        for problem in error.problems if error.status == 1 or not rank else ():
+            _say(f"process {rank}: {problem}" if rank else problem)
         return error.status
     except ImportError as error:
         _say(f"{error}; pip install 'duo-diffusion[run]' brings what the runs need")
@@ -1060,6 +1082,9 @@ def main(words=None):
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        _say(f"{here(error.filename) if isinstance(error.filename, str) else 'the system'}: {error.strerror or error}")
+        return 1
     except KeyboardInterrupt as stopped:
         number = signal.Signals[stopped.args[0] if isinstance(stopped, Stopped) else "SIGINT"]
         _say(f"stopped by {number.name}")
