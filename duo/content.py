@@ -29,7 +29,10 @@ LARGE = 1 << 26  # bytes; what is smaller is read whole every time
 
 def cache_folder(*names):
     """A path in `$DUO_CACHE`, which is ~/.cache/duo unless it is set."""
-    return Path(os.environ.get("DUO_CACHE") or Path.home() / ".cache/duo", *names)
+    home = os.path.expanduser("~")
+    if not os.environ.get("DUO_CACHE") and home == "~":
+        raise ValueError("DUO_CACHE: not given, and this user has no home folder; allowed: a folder of one's own")
+    return Path(os.environ.get("DUO_CACHE") or Path(home, ".cache/duo"), *names)
 
 
 def key_of(what):

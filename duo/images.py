@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 import duo
+from .content import cache_folder
 from .data import Batches, PixelTokenizer, SPLITS
 
 # %% ../nbs/08_images.ipynb #ef1cb501
@@ -111,7 +112,7 @@ def _cifar10(split):
         from torchvision.datasets import CIFAR10
     except Exception as error:  # not there, or built for another torch
         raise ValueError(f"data cifar10 needs torchvision ({type(error).__name__}): pip install torchvision, of the version that goes with torch {torch.__version__}") from None
-    folder = Path(os.environ.get("DUO_CACHE") or Path.home() / ".cache/duo")
+    folder = cache_folder()
     try:
         found = CIFAR10(folder, train=split == "train", download=True)
     except Exception as error:  # of the network, the disk, or a sum that is wrong

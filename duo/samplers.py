@@ -814,9 +814,14 @@ def sample_strides(denoiser, process, schedule, shape, steps, block, stride, pro
 
 # %% ../nbs/11_samplers.ipynb #8c48d565
 def template(text, encode, length):
-    """(tokens, is_fixed), (length,) each, of a text with gaps: `{n}` is n free tokens, `{}` (at most one) as many as fill the block. `encode` gives
-    a text's tokens. Raises ValueError for a text that does not fit."""
-    parts = re.split(r"\{(\d*)\}", text)
+    """(tokens, is_fixed), (length,) each, of a text with gaps: `{n}` is n free tokens, `{}` (at most one) as many as fill the block, `{{` and `}}`
+    are braces. `encode` gives a text's tokens. Raises ValueError for a text that does not fit."""
+    parts = [""]
+    for piece in re.split(r"(\{\{|\}\}|\{\d*\})", text):
+        if re.fullmatch(r"\{\d*\}", piece):
+            parts += [piece[1:-1], ""]
+        else:
+            parts[-1] += piece[0] if piece in ("{{", "}}") else piece
     if parts[1::2].count("") > 1:
         raise ValueError(f"prompt may have one {{}} that fills the block, got {parts[1::2].count('')}")
     pieces = [list(encode(part)) if part else [] for part in parts[::2]]

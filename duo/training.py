@@ -341,7 +341,7 @@ class Progress(Callback):
     @property
     def elapsed(self):
         """Seconds of training so far, those before a resume included."""
-        return self.seconds + (time.time() - self.began if self.began else 0.0)
+        return self.seconds + (time.monotonic() - self.began if self.began else 0.0)
 
     def total(self):
         """(sum, number) of the training losses since the last row, of all ranks."""
@@ -380,7 +380,7 @@ class Progress(Callback):
         return {number: signal.signal(number, self.ask) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
 
     def on_train_start(self, trainer, module):
-        self.began, self.saved = time.time(), trainer.global_step
+        self.began, self.saved = time.monotonic(), trainer.global_step
         self.bar = tqdm(total=self.max_steps, initial=trainer.global_step, desc=self.label, mininterval=1, unit="step", disable=self.label is None or not trainer.is_global_zero)
         self.listen()  # here again, since Lightning has put its own
         if trainer.world_size > 1:
@@ -622,7 +622,7 @@ def group(devices=None):
         world = int(os.environ["WORLD_SIZE"])
         return TorchElasticEnvironment(), world, world // int(os.environ["LOCAL_WORLD_SIZE"])
     if "SLURM_STEP_ID" in os.environ:
-        return SLURMEnvironment(auto_requeue=False), int(os.environ["SLURM_NTASKS"]), int(os.environ["SLURM_NNODES"])
+        return SLURMEnvironment(auto_requeue=False), int(os.environ["SLURM_NTASKS"]), int(os.environ.get("SLURM_NNODES") or 1)
     return LightningEnvironment(), devices or max(1, torch.cuda.device_count()), 1
 
 
