@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SIZES', 'PRECISIONS', 'DiTConfig', 'precise', 'attention', 'rotary', 'rotate', 'Embedding', 'SigmaEmbedding', 'Norm',
-           'Block', 'Cache', 'Head', 'DiT']
+           'Block', 'Cache', 'Vocabulary', 'Head', 'DiT']
 
 # %% ../nbs/05_dit.ipynb #29e21c16
 import contextlib
@@ -219,13 +219,31 @@ class Cache:
         return store[0, :, :, :end], store[1, :, :, :end]
 
 # %% ../nbs/05_dit.ipynb #e38768f0
+class Vocabulary(nn.Linear):
+    """The linear map to K logits. On a GPU its product is as wide as the next multiple of 64, since odd widths are several times slower there, and without a
+    gradient the sums of a bfloat16 product stay in float32."""
+
+    def forward(self, x):
+        """(..., K) logits of x (..., d)."""
+        extra = -self.out_features % 64
+        if not x.is_cuda:
+            return super().forward(x)
+        weight, bias = F.pad(self.weight, (0, 0, 0, extra)), F.pad(self.bias, (0, extra))
+        low = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
+        if low == torch.bfloat16 and not torch.is_grad_enabled() and torch.__version__ >= "2.8":
+            out = torch.mm(x.flatten(0, -2).to(low), weight.to(low).t(), out_dtype=torch.float32).add_(bias).unflatten(0, x.shape[:-1])
+        else:
+            out = F.linear(x, weight, bias)
+        return out[..., :self.out_features]
+
+
 class Head(nn.Module):
     """The last modulated norm and the linear map to K logits."""
 
     def __init__(self, config):
         super().__init__()
         self.norm_final = Norm(config.hidden_size)
-        self.linear = nn.Linear(config.hidden_size, config.vocab_size)
+        self.linear = Vocabulary(config.hidden_size, config.vocab_size)
         if not config.causal:
             self.adaLN_modulation = nn.Linear(config.cond_dim, 2 * config.hidden_size)
 

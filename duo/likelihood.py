@@ -309,6 +309,12 @@ def _add_product(out, left, right):
     else: out += left.t() @ right
 
 
+def _aligned(weight):
+    "The weight of a head; on an accelerator with rows of zeros up to a width that suits it (`kernels.aligned`)."
+    kernels = _kernels(weight)
+    return kernels.aligned(weight) if kernels else weight
+
+
 def _fill_rows(rows, logits, bias, a, loss, factor, grad):
     "Loss and factor of the rows from `a` on by one kernel, which with `grad` writes their gradient over the logits."
     at = slice(a, a + len(logits))
@@ -328,22 +334,22 @@ def _fill_blocks(rows, logits, bias, a, loss, factor, grad):
 def _head_pass(settings, hidden, weight, bias, weights, need):
     "Loss (n,), and for those needed: d loss_i / d hidden_i, and d Σ weights_i loss_i / d weight, / d bias. Logits exist for one chunk."
     rows, chunk, dtype = settings
-    n, wide, w = len(hidden), _wide(hidden.dtype), weight.to(dtype)
+    n, K, wide, w = len(hidden), len(weight), _wide(hidden.dtype), _aligned(weight.to(dtype))
     loss, factor = hidden.new_empty(n, dtype=wide), hidden.new_empty(n, dtype=wide)
     g_h = torch.empty_like(hidden) if need[0] else None
     g_w = torch.zeros_like(weight, dtype=wide) if need[1] else None
     g_b = torch.zeros_like(bias, dtype=wide) if need[2] else None
-    buffer = hidden.new_empty(min(chunk, n), weight.shape[0], dtype=dtype)
+    buffer = hidden.new_empty(min(chunk, n), len(w), dtype=dtype)
     fill = _fill_rows if getattr(rows, "whole", False) else _fill_blocks
     for a in range(0, n, chunk):
         h = hidden[a:a + chunk].to(dtype)
         logits = torch.mm(h, w.t(), out=buffer[:len(h)])
-        fill(rows, logits, bias, a, loss, factor, any(need))
+        fill(rows, logits[:, :K], bias, a, loss, factor, any(need))
         f = factor[a:a + chunk]
         if need[0]: torch.mul(logits @ w, f[:, None], out=g_h[a:a + chunk])
         if any(need[1:]): f = f * weights[a:a + chunk]
-        if need[1]: _add_product(g_w, logits, (h * f[:, None]).to(dtype))
-        if need[2]: g_b += torch.mv(logits.t(), f.to(dtype))
+        if need[1]: _add_product(g_w, logits[:, :K], (h * f[:, None]).to(dtype))
+        if need[2]: g_b += torch.mv(logits.t(), f.to(dtype))[:K]
     return loss, g_h, g_w, g_b
 
 
