@@ -2,7 +2,7 @@
 # What a GPU has to show: bash benchmarks/gpu.sh, on a fresh machine with one GPU and without a network, in at most eight minutes.
 #
 #   1  correctness: benchmarks/check_gpu.py
-#   2  speed: bench/gpu
+#   2  speed: where the time of a step goes (benchmarks/profile_step.py), then bench/gpu
 #   3  train/novels_{duo,udlm,mdlm,ar} at once, then likelihood/novels_* and sample/novels_*
 #
 # A part that fails or runs out of its time does not stop the next. After each part what there is lies packed in $OUT, where that is set:
@@ -102,8 +102,10 @@ export PYTHONPATH="$PWD:$SITE${PYTHONPATH:+:$PYTHONPATH}"
 
 for part in $PARTS; do
   case $part in
-    1) run check 110 python3 benchmarks/check_gpu.py; ends 40 check ;;
-    2) duo bench 170 bench/gpu $BENCH; ends 60 bench ;;
+    1) run check 150 python3 benchmarks/check_gpu.py; ends 40 check ;;
+    2)
+      run profile 60 python3 benchmarks/profile_step.py; ends 70 profile
+      duo bench 180 bench/gpu $BENCH; ends 100 bench ;;
     3)
       if [ -z "$STEPS" ]; then
         for method in $METHODS; do
