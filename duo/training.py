@@ -41,7 +41,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from tqdm import tqdm
 
 from .data import Batches
-from .dit import DiT
+from .dit import DiT, precise
 from .files import check_archive, check_tensors, save_tensors, shown
 from .likelihood import METHODS, Staircase, clean_bias, left_to_right_nll, linear_nelbo, linear_score_nelbo, make_process, network_vocab
 from .schedules import low_discrepancy
@@ -729,7 +729,8 @@ def fit(module, batches, valid, folder, *, max_steps, device_batch_size=None, de
                 return None
             if (start or 0) < max_steps:
                 loaders = _Loaders(batches, valid, start or 0, max_steps, b)
-                trainer.fit(module, datamodule=loaders, ckpt_path=last if start is not None else None, weights_only=True)
+                with precise("cuda" if torch.cuda.is_available() else "cpu", "32"):  # products in float32 on tensor cores; what is bf16 the trainer says
+                    trainer.fit(module, datamodule=loaders, ckpt_path=last if start is not None else None, weights_only=True)
     except Exception as error:
         last_line = str(error).rstrip().rpartition("\n")[2] if isinstance(error, torch.multiprocessing.ProcessRaisedException) else ""
         if f"{Diverged.__name__}: " in last_line:
