@@ -138,7 +138,8 @@ def test_a_mixture_of_tokens_is_a_token_whose_embedding_is_the_mixture(tmp_path)
 def test_lightning_causal(tmp_path, make, start, never):
     state, given = known("dit")
     state = {k: v for k, v in state.items() if "adaLN" not in k and "sigma_map" not in k}
-    model = load(lightning(tmp_path / "ar.ckpt", state, "ar", make(tmp_path)))
+    path = lightning(tmp_path / "ar.ckpt", state, "ar", make(tmp_path))
+    model = load(path)
     same(model.net(given["x"]), causal_by_hand(state, given["x"]), "ar")
     assert model.ends == (never, start)
     x = given["x"].clamp(max=8) if never == 10 else torch.where(given["x"] == 4, 5, given["x"])
@@ -153,6 +154,10 @@ def test_lightning_causal(tmp_path, make, start, never):
     assert torch.equal(model.nll(framed).nats, bound.scores.nats) and model.nll(bare[:, :4]).tokens.tolist() == [5, 5, 5]
     assert (model.sample_tokens(64, seed=0)[:, 0] == start).all()
     assert not (model.sample_tokens(64, seed=0) == never).any()
+    assert model.frame == (start, 9 if never == 10 else 3) and load(path, frame=(6, 7)).ends == (never, 6) and load(path, frame=None).ends == (never, start)
+    assert load(path, frame=None).nll(bare[:, :4]).tokens.tolist() == [4, 4, 4] and load(path, layout="padded").layout == "padded"
+    with pytest.raises(ValueError, match="frame: given"):
+        load(path, frame=(6, 99))
     again = load(save(model, tmp_path / "ours"))
     assert again.ends == model.ends and torch.equal(again.sample_tokens(4, seed=0), model.sample_tokens(4, seed=0))
 
