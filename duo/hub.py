@@ -1136,7 +1136,7 @@ def _frame(config, tokenizer) -> dict:
     """`frame` and `layout` of a `Model` by its config.json. An older one, which does not say them, had those of its data, behind the start token that it had."""
     if "frame" in config or config.get("network") == "unet":
         return {"frame": config.get("frame"), "layout": config.get("layout", "packed")}
-    if config.get("bos_id") is not None:  # published by the authors
+    if config.get("bos_id") is not None:  # an autoregressive one that the authors published
         return {"frame": own_frame(tokenizer), "bos_id": None}
     facts = config.get("training", {})
     row = DATASETS.get(facts.get("data"))
