@@ -6,11 +6,11 @@
 __all__ = ['FREE', 'PATHS', 'RANGES', 'CHECKS', 'SMOKE', 'printable', 'shown', 'RunError', 'find', 'read_text', 'read_json',
            'find_root', 'here', 'outputs', 'targets', 'find_target', 'Parameter', 'read_parameters', 'read_lines',
            'read_flat', 'read_yaml', 'read_overrides', 'read_keywords', 'check_ranges', 'check_data',
-           'check_conditional', 'check_length', 'check_window', 'check_images', 'check_method', 'check_course',
-           'check_start', 'check_train', 'check_checkpoint', 'check_weights', 'check_likelihood', 'check_draws',
-           'check_text', 'check_sample', 'check_judge', 'check_cost', 'check_solve', 'check_puzzles', 'check_fid',
-           'check_harness', 'check_distil', 'check_methods', 'check_bench', 'launcher', 'processes', 'check_devices',
-           'check', 'check_paths', 'shrunk', 'needed', 'Job', 'plan', 'table', 'listing', 'describe']
+           'check_conditional', 'check_window', 'check_images', 'check_method', 'check_course', 'check_start',
+           'check_train', 'check_checkpoint', 'check_weights', 'check_likelihood', 'check_draws', 'check_text',
+           'check_sample', 'check_judge', 'check_cost', 'check_solve', 'check_puzzles', 'check_fid', 'check_harness',
+           'check_distil', 'check_methods', 'check_bench', 'launcher', 'processes', 'check_devices', 'check',
+           'check_paths', 'shrunk', 'needed', 'Job', 'plan', 'table', 'listing', 'describe']
 
 # %% ../nbs/14_parameters.ipynb #66f8238d
 import ast
@@ -589,23 +589,6 @@ def check_conditional(params):
     return out
 
 
-def check_length(params):
-    """A block that is longer than a split of text that is here; one that is long beside it is tried."""
-    from duo.data import DATASETS, load_blocks
-    from duo.images import is_images
-
-    name, out = params["data"], []
-    if is_images(name) or not _bundled(params["tokenizer"]) or name in DATASETS and (DATASETS[name].hub or not DATASETS[name].read):
-        return []
-    size = 10**6 if name in DATASETS else sum(file.stat().st_size for file in ([Path(name)] if Path(name).is_file() else Path(name).glob("*")))
-    for split in ("train", "valid") if 1000 * params["length"] > size else ():
-        try:
-            load_blocks(name, split, params["tokenizer"], params["length"])
-        except ValueError as error:
-            out.append(f"length: given {params['length']}; {error}")
-    return out[:1]
-
-
 def check_window(params):
     """A window of α that is none: the two ends of the curriculum, and of the noise that distillation draws."""
     low, high = params["alpha_min"], params["alpha_max"]
@@ -743,7 +726,7 @@ def check_start(p):
 def check_train(params):
     """Problems of a training's parameters taken together, as a list of "key: what is given; what is allowed"."""
     p, out = params, check_data(params) + check_window(params) + check_images(params)
-    out += [] if out else check_conditional(params) or ([] if params.get("streaming") else check_length(params))
+    out += [] if out else check_conditional(params)
     if p["backbone"] == "dit" and p["n_heads"] > 0 and (p["hidden_size"] % p["n_heads"] or p["hidden_size"] // p["n_heads"] % 2):
         out.append(f"hidden_size: given {p['hidden_size']} for {p['n_heads']} heads; allowed: n_heads times an even number")
     out += check_method(p) + check_course(p) + check_start(p) + _not_there(p, "judge")
