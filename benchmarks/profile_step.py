@@ -12,6 +12,7 @@ from duo.distillation import dcd_loss, path_pair
 from duo.dit import DiT, DiTConfig, precise
 from duo.duality import gamma_window
 from duo.processes import Uniform
+from duo.samplers import sample_ar
 from duo.schedules import LogLinear
 from duo.training import bound
 
@@ -58,3 +59,22 @@ for name, step in steps.items():
     for e in events:
         if e.self_device_time_total:
             print(f"{e.self_device_time_total / 1e3:9.2f} ms {e.count:6d} x {e.key[:110]}")
+
+causal = DiT(DiTConfig(K, D, N, N, 128, 0.0, causal=True)).to(DEVICE).eval()
+torch.nn.init.normal_(causal.head.weight, std=4 / D**0.5)
+for rows, length in ((1, 1024), (16, 1024)) if DEVICE == "cuda" else ((2, 8),):
+    with torch.no_grad(), precise(DEVICE, "bf16"):
+        sample_ar(causal, (rows, 8), K - 1)
+        wait()
+        start = time.perf_counter()
+        sample_ar(causal, (rows, length), K - 1)
+        wait()
+        spent = time.perf_counter() - start
+        text, calls = torch.zeros(rows, length // 2, dtype=torch.long, device=DEVICE), 5
+        causal(text)
+        wait()
+        start = time.perf_counter()
+        for _ in range(calls):
+            causal(text)[:, -1:]
+        wait()
+    print(f"autoregressive, {rows} x {length}: {1e3 * spent / length:.2f} ms a token with the cache, {1e3 * (time.perf_counter() - start) / calls:.2f} to read half of the text again")

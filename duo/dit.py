@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SIZES', 'PRECISIONS', 'DiTConfig', 'precise', 'attention', 'rotary', 'rotate', 'Embedding', 'SigmaEmbedding', 'Norm',
-           'Block', 'Cache', 'Vocabulary', 'Head', 'DiT']
+           'Block', 'Cache', 'StaticCache', 'Vocabulary', 'Head', 'DiT']
 
 # %% ../nbs/05_dit.ipynb #29e21c16
 import contextlib
@@ -85,9 +85,11 @@ except Exception:  # not installed, or built for another torch: the built-in ker
     _flash = None
 
 
-def attention(q, k, v, causal=False):
+def attention(q, k, v, causal=False, mask=None):
     """softmax(q kᵀ / sqrt(d)) v. q (B, H, Lq, d), k and v (B, H, Lk, d) → (B, H, Lq, d). `causal` lets query i see keys up to
-    Lk − Lq + i."""
+    Lk − Lq + i; `mask` (Lk,) says which keys any query sees instead."""
+    if mask is not None:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask.expand(q.shape[-2], -1))
     if _flash is not None and q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
         return _flash(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), causal=causal).transpose(1, 2)
     n, m = q.shape[-2], k.shape[-2]
@@ -196,7 +198,7 @@ class Block(nn.Module):
         qk, v = self.attn_qkv(x).unflatten(-1, (3, self.n_heads, -1)).permute(2, 0, 3, 1, 4).split((2, 1))  # each (·, B, H, L, d/H)
         (q, k), v = rotate(qk, cos, sin), v.squeeze(0)
         k, v = (k, v) if cache is None else cache(self, k, v)
-        return self.attn_out(attention(q, k, v, self.causal).transpose(1, 2).flatten(2))
+        return self.attn_out(attention(q, k, v, self.causal, None if cache is None else cache.mask).transpose(1, 2).flatten(2))
 
     def _add(self, x, gate, h):
         h = F.dropout(h, self.p, self.training)
@@ -206,8 +208,14 @@ class Block(nn.Module):
 class Cache:
     """Keys and values of a causal `DiT` for up to `max_length` positions; `length` of them are filled. Pass it to `DiT.hidden`."""
 
+    mask = None  # all that it returns may be seen, up to the query's own place
+
     def __init__(self, max_length):
         self.max_length, self.length, self._store = max_length, 0, {}
+
+    def positions(self, n, device):
+        """The places of the next n tokens, (n,)."""
+        return torch.arange(self.length, self.length + n, device=device)
 
     def __call__(self, block, k, v):
         """Append k and v (B, H, L, d) of `block`; returns all of them so far."""
@@ -217,6 +225,32 @@ class Cache:
         store = self._store[block]
         store[0, :, :, self.length:end], store[1, :, :, self.length:end] = k, v
         return store[0, :, :, :end], store[1, :, :, :end]
+
+
+class StaticCache:
+    """Keys and values of a causal `DiT` that reads one token a call, in memory that never moves, so that a call can be recorded and replayed: it writes
+    at `position`, a tensor (1,), and sees what lies up to there."""
+    length = 0  # of the positions none is counted: whoever calls says where
+
+    def __init__(self, max_length, device=None):
+        self.max_length, self._store, self.position = max_length, {}, torch.zeros(1, dtype=torch.long, device=device)
+
+    @property
+    def mask(self):
+        """The places that may be seen, (max_length,) bool."""
+        return torch.arange(self.max_length, device=self.position.device) <= self.position
+
+    def positions(self, n, device):
+        """Where the token is, (1,)."""
+        return self.position
+
+    def __call__(self, block, k, v):
+        """Writes k and v (B, H, 1, d) of `block`; returns the whole memory."""
+        if block not in self._store:
+            self._store[block] = torch.zeros(2, *k.shape[:2], self.max_length, k.shape[3], dtype=k.dtype, device=k.device)
+        for store, new in zip(self._store[block], (k, v.to(k.dtype))):
+            store.index_copy_(2, self.position, new)
+        return tuple(self._store[block])
 
 # %% ../nbs/05_dit.ipynb #e38768f0
 class Vocabulary(nn.Linear):
@@ -279,12 +313,12 @@ class DiT(nn.Module):
         """Last hidden states (B, L, d), after the final norm. With a `Cache` (causal networks) x are the tokens that follow its content."""
         x = self.vocab_embed(x)
         start = self._start(x, cache)
-        positions = torch.arange(start, start + x.shape[1], device=x.device)
+        positions = torch.arange(x.shape[1], device=x.device) if cache is None else cache.positions(x.shape[1], x.device)
         cos, sin = rotary(positions, self.config.head_dim, torch.promote_types(x.dtype, torch.float32))
         c = self._condition(x, sigma)
         for block in self.blocks:
             x = block(x, c, cos, sin, cache)
-        if cache is not None:
+        if isinstance(cache, Cache):
             cache.length = start + x.shape[1]
         out = self.output_layer
         return out.norm_final(x) if c is None else out.norm_final(x, *out.adaLN_modulation(c).chunk(2, -1))

@@ -61,7 +61,7 @@ def _log_ratio(c, p):
     "log((1 + c p) / (1 + c)) of float64."
     return _log1p(c * p) - _log1p(c)
 
-# %% ../nbs/04_kernels.ipynb #3cb60f84
+# %% ../nbs/04_kernels.ipynb #aac16801
 #| eval: false
 @jit
 def _read(table, bias, j, K: tl.constexpr, SKIP: tl.constexpr):
@@ -88,7 +88,15 @@ def _finite(top):
     "`top`, 0 where it is −inf: what a logit may be shifted by."
     return tl.where(top == float("-inf"), 0.0, top)
 
-# %% ../nbs/04_kernels.ipynb #db9cc05d
+
+@jit
+def _fold(top, total, logit, counts):
+    "Running maximum and Σ exp(logit − top) of each lane after one more logit, of those that count."
+    new = tl.maximum(top, logit)
+    shift = _finite(new)
+    return new, total * tl.exp(top - shift) + tl.where(counts, tl.exp(logit - shift), 0.0)
+
+# %% ../nbs/04_kernels.ipynb #b9caecc6
 #| eval: false
 @jit
 def _bound_row(table, bias, stride, x0, xt, alpha, alpha_dot, loss, factor, K: tl.constexpr, PI: tl.constexpr, PI_M: tl.constexpr,
@@ -96,24 +104,18 @@ def _bound_row(table, bias, stride, x0, xt, alpha, alpha_dot, loss, factor, K: t
     "One row of the bound of a uniform or hybrid prior; with GRAD the row is overwritten by its gradient over `factor`."
     row = tl.program_id(0).to(tl.int64)
     table += row * stride
-    x, z = tl.load(x0 + row), tl.load(xt + row)
+    x, z = tl.load(x0 + row).to(tl.int32), tl.load(xt + row).to(tl.int32)
     a, slope = tl.load(alpha + row), tl.load(alpha_dot + row)
     odds, rate = tl.maximum(a, 1e-30) / tl.maximum(1 - a, 1e-30), -slope / tl.maximum(a, 1e-30)
     differ, once_m = (x != z).to(tl.float64), (z != MASK).to(tl.float64)
 
     # first reading: the largest logit and S = Σ exp(logit − top) over all columns but x0, xt and the mask
-    top, place = tl.full((), float("-inf"), tl.float32), row * 0
-    S = a * 0
+    tops, sums = tl.full((BLOCK,), float("-inf"), tl.float32), tl.zeros((BLOCK,), tl.float32)
     for start in range(0, K, BLOCK):
         j = start + tl.arange(0, BLOCK)
-        logit = _read(table, bias, j, K, -1)
-        high = tl.max(logit, 0)
-        if GRAD:
-            place = tl.where(high > top, start + tl.argmax(logit, 0).to(tl.int64), place)
-        new = tl.maximum(top, high)
-        e = tl.where((j == x) | (j == z) | (j == MASK), 0.0, tl.exp(logit - _finite(new)))
-        S = S * tl.exp((top - _finite(new)).to(tl.float64)) + tl.sum(e, 0).to(tl.float64)
-        top = new
+        tops, sums = _fold(tops, sums, _read(table, bias, j, K, -1), (j != x) & (j != z) & (j != MASK))
+    top = tl.max(tops, 0)
+    S = tl.sum((sums * tl.exp(tops - top)).to(tl.float64), 0)
     q_x, q_z = tl.exp((_at(table, bias, x) - top).to(tl.float64)), tl.exp((_at(table, bias, z) - top).to(tl.float64))
     q_m = a * 0
     if MASK >= 0:
@@ -127,16 +129,21 @@ def _bound_row(table, bias, stride, x0, xt, alpha, alpha_dot, loss, factor, K: t
     if MASK >= 0:
         c_z = tl.where(z == MASK, odds / PI_M, c)
     scale = (c / total).to(tl.float32)
-    psi, yh_sum, h_sum = a * 0, a * 0, a * 0
+    psis, yhs, hs = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
+    places = tl.full((BLOCK,), K, tl.int32)
     for start in range(0, K, BLOCK):
         j = start + tl.arange(0, BLOCK)
-        y = scale * tl.exp(_read(table, bias, j, K, -1) - top)
-        y = tl.where((j == x) | (j == z) | (j == MASK), 0.0, y)
+        logit = _read(table, bias, j, K, -1)
+        if GRAD:
+            places = tl.minimum(places, tl.where(logit == top, j, K))
+        y = tl.where((j == x) | (j == z) | (j == MASK), 0.0, scale * tl.exp(logit - top))
         h = y / (1 + y)
-        psi += tl.sum(_psi(y), 0).to(tl.float64)
-        yh_sum += tl.sum(y * h, 0).to(tl.float64)
-        h_sum += tl.sum(h, 0).to(tl.float64)
-    psi = tl.where(c < 1e-5, yh_sum / 2, psi)
+        psis += _psi(y)
+        yhs += y * h
+        hs += h
+    place = tl.min(places, 0)
+    yh_sum, h_sum = tl.sum(yhs.to(tl.float64), 0), tl.sum(hs.to(tl.float64), 0)
+    psi = tl.where(c < 1e-5, yh_sum / 2, tl.sum(psis.to(tl.float64), 0))
 
     # the loss: π r (c S expm1 D + n φ(D) + Σψ) + (π + o) φ(log_ratio(c, p_x) + D) [x0 ≠ xt] + π_m r φ(log1p(o p_m/π_m) + D) [xt ≠ mask]
     n = K - 1 - differ
@@ -181,14 +188,16 @@ def _bound_row(table, bias, stride, x0, xt, alpha, alpha_dot, loss, factor, K: t
         if MASK >= 0:
             rest += tl.where((place == MASK) | (z == MASK), 0.0, g_m.to(tl.float64))
         # third reading: the gradient over the logits; the largest one takes what makes the row's sum 0
+        taken = tl.zeros((BLOCK,), tl.float32)
         for start in range(0, K, BLOCK):
             j = start + tl.arange(0, BLOCK)
             y = scale * tl.exp(_read(table, bias, j, K, -1) - top)
             h = y / (1 + y)
             v = ((1 + b) * (y * h) + b * h + d * y).to(kind)
             free = (j < K) & (j != x) & (j != z) & (j != MASK) & (j != place)
-            rest += tl.sum(tl.where(free, v.to(tl.float64), 0.0), 0)
+            taken += tl.where(free, v.to(tl.float32), 0.0)
             tl.store(table + j, v, mask=free)
+        rest += tl.sum(taken.to(tl.float64), 0)
         if MASK >= 0:
             tl.store(table + MASK, g_m)
         tl.store(table + x, g_x)
@@ -196,14 +205,14 @@ def _bound_row(table, bias, stride, x0, xt, alpha, alpha_dot, loss, factor, K: t
         tl.store(table + place, (-rest).to(tl.float32).to(kind))
         tl.store(factor + row, (PI * r * rate).to(tl.float32))
 
-# %% ../nbs/04_kernels.ipynb #2a5c2301
+# %% ../nbs/04_kernels.ipynb #09ccf09e
 #| eval: false
 @jit
 def _entropy_row(table, bias, stride, target, scale, loss, factor, K: tl.constexpr, SKIP: tl.constexpr, GRAD: tl.constexpr, BLOCK: tl.constexpr):
     "One row of scale·(−log softmax(row)[target]); the column SKIP counts as −inf. With GRAD the row becomes softmax − one-hot."
     row = tl.program_id(0).to(tl.int64)
     table += row * stride
-    t, weight = tl.load(target + row), tl.load(scale + row)
+    t, weight = tl.load(target + row).to(tl.int32), tl.load(scale + row)
     kind = table.dtype.element_ty
     if weight == 0:  # the row costs nothing
         tl.store(loss + row, 0.0)
@@ -213,14 +222,12 @@ def _entropy_row(table, bias, stride, target, scale, loss, factor, K: tl.constex
                 j = start + tl.arange(0, BLOCK)
                 tl.store(table + j, tl.zeros((BLOCK,), kind), mask=j < K)
     else:
-        top, rest = tl.full((), float("-inf"), tl.float32), weight * 0
+        tops, sums = tl.full((BLOCK,), float("-inf"), tl.float32), tl.zeros((BLOCK,), tl.float32)
         for start in range(0, K, BLOCK):
             j = start + tl.arange(0, BLOCK)
-            logit = _read(table, bias, j, K, SKIP)
-            new = tl.maximum(top, tl.max(logit, 0))
-            e = tl.where(j == t, 0.0, tl.exp(logit - _finite(new)))
-            rest = rest * tl.exp((top - _finite(new)).to(tl.float64)) + tl.sum(e, 0).to(tl.float64)
-            top = new
+            tops, sums = _fold(tops, sums, _read(table, bias, j, K, SKIP), j != t)
+        top = tl.max(tops, 0)
+        rest = tl.sum((sums * tl.exp(tops - top)).to(tl.float64), 0)
         gap = (top - _at(table, bias, t)).to(tl.float64)
         p_t = tl.exp(-gap)
         sure = p_t > 1e-30
@@ -235,7 +242,7 @@ def _entropy_row(table, bias, stride, target, scale, loss, factor, K: tl.constex
             tl.store(table + t, (-(rest / (rest + p_t))).to(tl.float32).to(kind))
             tl.store(factor + row, weight.to(tl.float32))
 
-# %% ../nbs/04_kernels.ipynb #1e015366
+# %% ../nbs/04_kernels.ipynb #ee5d82d3
 #| eval: false
 @jit
 def _kl_row(table, bias, other, other_bias, stride, other_stride, loss, factor, K: tl.constexpr, FORWARD: tl.constexpr, GRAD: tl.constexpr, BLOCK: tl.constexpr):
@@ -243,17 +250,16 @@ def _kl_row(table, bias, other, other_bias, stride, other_stride, loss, factor, 
     row = tl.program_id(0).to(tl.int64)
     table += row * stride
     other += row * other_stride
-    top_p, top_q = tl.full((), float("-inf"), tl.float32), tl.full((), float("-inf"), tl.float32)
-    Z_p, Z_q = tl.full((), 0.0, tl.float64), tl.full((), 0.0, tl.float64)
+    tops_p, sums_p = tl.full((BLOCK,), float("-inf"), tl.float32), tl.zeros((BLOCK,), tl.float32)
+    tops_q, sums_q = tops_p, sums_p
     for start in range(0, K, BLOCK):
         j = start + tl.arange(0, BLOCK)
-        p, q = _read(table, bias, j, K, -1), _read(other, other_bias, j, K, -1)
-        new_p, new_q = tl.maximum(top_p, tl.max(p, 0)), tl.maximum(top_q, tl.max(q, 0))
-        Z_p = Z_p * tl.exp((top_p - _finite(new_p)).to(tl.float64)) + tl.sum(tl.exp(p - _finite(new_p)), 0).to(tl.float64)
-        Z_q = Z_q * tl.exp((top_q - _finite(new_q)).to(tl.float64)) + tl.sum(tl.exp(q - _finite(new_q)), 0).to(tl.float64)
-        top_p, top_q = new_p, new_q
-    log_Z_p, log_Z_q = tl.log(Z_p).to(tl.float32), tl.log(Z_q).to(tl.float32)
-    nats = tl.full((), 0.0, tl.float64)
+        tops_p, sums_p = _fold(tops_p, sums_p, _read(table, bias, j, K, -1), j < K)
+        tops_q, sums_q = _fold(tops_q, sums_q, _read(other, other_bias, j, K, -1), j < K)
+    top_p, top_q = tl.max(tops_p, 0), tl.max(tops_q, 0)
+    log_Z_p = tl.log(tl.sum((sums_p * tl.exp(tops_p - top_p)).to(tl.float64), 0)).to(tl.float32)
+    log_Z_q = tl.log(tl.sum((sums_q * tl.exp(tops_q - top_q)).to(tl.float64), 0)).to(tl.float32)
+    terms = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, K, BLOCK):
         j = start + tl.arange(0, BLOCK)
         log_p = _read(table, bias, j, K, -1) - top_p - log_Z_p
@@ -262,8 +268,8 @@ def _kl_row(table, bias, other, other_bias, stride, other_stride, loss, factor, 
             log_p, log_q = log_q, log_p
         u = log_q - log_p
         term = tl.where(u > 1, tl.exp(log_q) - tl.exp(log_p) * (1 + tl.where(log_p < -80, 0.0, u)), tl.exp(log_p) * _phi32(tl.minimum(u, 1.0)))
-        nats += tl.sum(tl.where((log_p == float("-inf")) & (log_q == float("-inf")), 0.0, term), 0).to(tl.float64)
-    nats = tl.maximum(nats, 0.0)
+        terms += tl.where((log_p == float("-inf")) & (log_q == float("-inf")), 0.0, term)
+    nats = tl.maximum(tl.sum(terms.to(tl.float64), 0), 0.0)
     tl.store(loss + row, nats.to(tl.float32))
     if GRAD:
         kl = nats.to(tl.float32)
@@ -278,7 +284,7 @@ def _kl_row(table, bias, other, other_bias, stride, other_stride, loss, factor, 
             tl.store(table + j, v.to(table.dtype.element_ty), mask=j < K)
         tl.store(factor + row, 1.0)
 
-# %% ../nbs/04_kernels.ipynb #dce60c95
+# %% ../nbs/04_kernels.ipynb #fa7a173b
 #| eval: false
 @jit
 def _score_row(table, bias, stride, x0, xt, log_r_x, log_r_m, log_rest, shift, weight, loss, factor, K: tl.constexpr, MASK: tl.constexpr,
@@ -287,7 +293,7 @@ def _score_row(table, bias, stride, x0, xt, log_r_x, log_r_m, log_rest, shift, w
     log r is log_r_x at x0, log_r_m at the mask of a hybrid prior, log_rest elsewhere; without SMOOTH the others have r = 0 and cost s_j."""
     row = tl.program_id(0).to(tl.int64)
     table += row * stride
-    x, z, w = tl.load(x0 + row), tl.load(xt + row), tl.load(weight + row)
+    x, z, w = tl.load(x0 + row).to(tl.int32), tl.load(xt + row).to(tl.int32), tl.load(weight + row)
     rest = tl.load(log_rest + row)
     near = (tl.load(shift + row) + rest).to(tl.float32)
     tiny = (tl.load(shift + row) + rest - near.to(tl.float64)).to(tl.float32)
@@ -309,6 +315,7 @@ def _score_row(table, bias, stride, x0, xt, log_r_x, log_r_m, log_rest, shift, w
             u_m = _at(table, bias, MASK).to(tl.float64) - tl.load(shift + row) - r_m
             share_m = tl.where(z == MASK, 0.0, tl.exp(r_m - rest))
             nats += share_m * _phi64(u_m)
+        terms = tl.zeros((BLOCK,), tl.float32)
         for start in range(0, K, BLOCK):
             j = start + tl.arange(0, BLOCK)
             u = _read(table, bias, j, K, -1) - near - tiny
@@ -317,11 +324,12 @@ def _score_row(table, bias, stride, x0, xt, log_r_x, log_r_m, log_rest, shift, w
             else:
                 term = tl.exp(u)
             free = (j < K) & (j != x) & (j != z) & (j != MASK)
-            nats += tl.sum(tl.where(free, term, 0.0), 0).to(tl.float64)
+            terms += tl.where(free, term, 0.0)
             if GRAD:
                 if SMOOTH:
                     term = tl.where(tl.abs(u) < 0.3, u + _phi32(u), tl.exp(u) - 1)
                 tl.store(table + j, term.to(kind), mask=free)
+        nats += tl.sum(terms.to(tl.float64), 0)
         tl.store(loss + row, (nats * w).to(tl.float32))
         if GRAD:
             if MASK >= 0:
@@ -349,7 +357,7 @@ def _weights(table, bias, top, bar, bar_at, j, K: tl.constexpr, SKIP: tl.constex
     w = tl.exp(_read(table, bias, j, K, SKIP) - top)
     return tl.where((w > bar) | ((w == bar) & (j < bar_at)), w, 0.0).to(tl.float64)
 
-# %% ../nbs/04_kernels.ipynb #765a8ba1
+# %% ../nbs/04_kernels.ipynb #d35cc947
 #| eval: false
 @jit
 def _draw_row(table, bias, stride, xt, prior, alpha, seed, token, K: tl.constexpr, SKIP: tl.constexpr, TOP_P: tl.constexpr, BLOCK: tl.constexpr):
@@ -358,16 +366,18 @@ def _draw_row(table, bias, stride, xt, prior, alpha, seed, token, K: tl.constexp
     row = tl.program_id(0).to(tl.int64)
     table += row * stride
     z, pi, t, key = tl.load(xt + row), tl.load(prior + row), tl.load(alpha + row), tl.load(seed + row)
-    top = tl.full((), float("-inf"), tl.float32)
+    tops = tl.full((BLOCK,), float("-inf"), tl.float32)
     for start in range(0, K, BLOCK):
-        top = tl.maximum(top, tl.max(_read(table, bias, start + tl.arange(0, BLOCK), K, SKIP), 0))
+        tops = tl.maximum(tops, _read(table, bias, start + tl.arange(0, BLOCK), K, SKIP))
+    top = tl.max(tops, 0)
     bar, bar_at = tl.full((), 0.0, tl.float32), row * 0  # every token of weight above 0 is ahead
     z_weight = tl.exp(_at(table, bias, z) - top)
     if SKIP >= 0:
         z_weight = tl.where(z == SKIP, 0.0, z_weight)
-    total = pi * 0
+    sums = tl.zeros((BLOCK,), tl.float64)
     for start in range(0, K, BLOCK):
-        total += tl.sum(_weights(table, bias, top, bar, bar_at, start + tl.arange(0, BLOCK), K, SKIP), 0)
+        sums += _weights(table, bias, top, bar, bar_at, start + tl.arange(0, BLOCK), K, SKIP)
+    total = tl.sum(sums, 0)
     goal, mass, tries = total * TOP_P, total, 0
     chosen, again = row * 0 - 1, 1
     while again == 1:
@@ -394,20 +404,21 @@ def _draw_row(table, bias, stride, xt, prior, alpha, seed, token, K: tl.constexp
         again = 0
         if TOP_P < 1:
             pick_weight = tl.exp(_at(table, bias, pick) - top)
-            ahead = pi * 0
+            sums = tl.zeros((BLOCK,), tl.float64)
             for start in range(0, K, BLOCK):
-                ahead += tl.sum(_weights(table, bias, top, pick_weight, pick, start + tl.arange(0, BLOCK), K, SKIP), 0)
+                sums += _weights(table, bias, top, pick_weight, pick, start + tl.arange(0, BLOCK), K, SKIP)
+            ahead = tl.sum(sums, 0)
             if ahead >= goal:
                 bar, bar_at, mass, again = pick_weight, pick, ahead, 1
         tries += 1
     tl.store(token + row, chosen)
 
-# %% ../nbs/04_kernels.ipynb #8431c5c4
+# %% ../nbs/04_kernels.ipynb #e7e9dc38
 #| eval: false
 def _block(K):
     "Columns that a program reads at once, and its warps."
     block = min(4096, triton.next_power_of_2(K))
-    return {"BLOCK": block, "num_warps": 8 if block >= 2048 else 4}
+    return {"BLOCK": block, "num_warps": 16 if block == 4096 else 4}
 
 
 OPS = {}

@@ -337,7 +337,7 @@ def _head_pass(settings, hidden, weight, bias, weights, need):
     n, K, wide, w = len(hidden), len(weight), _wide(hidden.dtype), _aligned(weight.to(dtype))
     loss, factor = hidden.new_empty(n, dtype=wide), hidden.new_empty(n, dtype=wide)
     g_h = torch.empty_like(hidden) if need[0] else None
-    g_w = torch.zeros_like(weight, dtype=wide) if need[1] else None
+    g_w = torch.zeros_like(w, dtype=wide) if need[1] else None
     g_b = torch.zeros_like(bias, dtype=wide) if need[2] else None
     buffer = hidden.new_empty(min(chunk, n), len(w), dtype=dtype)
     fill = _fill_rows if getattr(rows, "whole", False) else _fill_blocks
@@ -348,9 +348,9 @@ def _head_pass(settings, hidden, weight, bias, weights, need):
         f = factor[a:a + chunk]
         if need[0]: torch.mul(logits @ w, f[:, None], out=g_h[a:a + chunk])
         if any(need[1:]): f = f * weights[a:a + chunk]
-        if need[1]: _add_product(g_w, logits[:, :K], (h * f[:, None]).to(dtype))
+        if need[1]: _add_product(g_w, logits, (h * f[:, None]).to(dtype))
         if need[2]: g_b += torch.mv(logits.t(), f.to(dtype))[:K]
-    return loss, g_h, g_w, g_b
+    return loss, g_h, None if g_w is None else g_w[:K], g_b
 
 
 class _Head(torch.autograd.Function):
