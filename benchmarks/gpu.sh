@@ -15,6 +15,7 @@ TIME=${TIME:-470}              # seconds for everything
 PARTS=${PARTS:-1 2 3}          # parts to run
 STEPS=${STEPS:-}               # optimiser steps of each training (empty: as many as fit, by a short training before)
 METHODS=${METHODS:-ar duo mdlm udlm}
+RESERVE=${RESERVE:-60}         # seconds kept for likelihoods and samples
 BENCH=${BENCH:-}               # further key=value of bench/gpu
 TRAIN=${TRAIN:-}               # further key=value of the trainings
 WHEELS=${WHEELS:-.whl}
@@ -117,7 +118,7 @@ for part in $PARTS; do
       fi
       echo "$STEPS steps each, $(left) seconds left"
       for method in $METHODS; do
-        duo "train_$method" $(($(left) - 60)) "train/novels_$method" $TRAIN max_steps="$STEPS" \
+        duo "train_$method" $(($(left) - RESERVE)) "train/novels_$method" $TRAIN max_steps="$STEPS" \
           valid_every=$((STEPS / 8 + 1)) checkpoint_every=$((STEPS / 8 + 1)) $([ "$method" != duo ] || echo curriculum_steps=$((STEPS / 2))) &
       done
       wait
