@@ -837,6 +837,7 @@ def pack(texts, tokenizer, length, separator=(), frame=()):
 
 
 def pad_symbol(tokenizer, frame=()):
+    """The symbol that fills a padded block: the tokenizer's pad, else its end of text, else that of the frame, else 0."""
     return next((i for i in (getattr(tokenizer, "pad_id", None), tokenizer.eos_id, *frame[1:]) if i is not None), 0)
 
 

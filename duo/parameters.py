@@ -529,8 +529,8 @@ def _check_fill(tokenizer, length, splits, params):
             try:
                 check_text(name, split, tokenizer, length, **form)
             except ValueError as error:
-                kind = "length" if "do not fill" in str(error) else "tokenizer"
-                given = length if kind == "length" else f"{tokenizer.name} for data {name}, split {split}"
+                kind = "tokenizer" if "do not fill" not in str(error) else "length" if params.get("length") else "data"  # a checkpoint's length is given with it
+                given = {"length": length, "data": name, "tokenizer": f"{tokenizer.name} for data {name}, split {split}"}[kind]
                 out.append(f"data: {str(error).removeprefix('data ')}" if str(error).startswith("data ") else str(error) if str(error).startswith("tokenizer: ") else f"{kind}: given {given}; {error}")
                 break
     return out
