@@ -31,7 +31,7 @@ def test_every_parameter_file_fits_its_notebook(path):
     values, problems = read_yaml(path, read_parameters(REPOSITORY / f"nbs/run/{path.parent.name}.ipynb"), REPOSITORY)
     assert not problems
     assert path.read_text().startswith("# "), "the first line says which experiment this is"
-    elsewhere = {"checkpoint", "judge", "data", "device", "models"}  # what another run, or the reader, has to provide first
+    elsewhere = {"checkpoint", "start", "judge", "data", "device", "models"}  # what another run, or the reader, has to provide first
     assert [p for p in check(path.parent.name, values, REPOSITORY) if p.split(":")[0] not in elsewhere] == []
 
 
