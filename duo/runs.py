@@ -561,7 +561,7 @@ def _there(folder, verb):
     if path.name not in names:
         raise RunError(f"{here(folder)}: holds {shown(foreign[0])} and is not the folder of a run; choose another --output")
     try:
-        if not read_text(path, 2**16).startswith(f"# duo-run {verb}/"):
+        if not read_text(path, 2**15).startswith(f"# duo-run {verb}/"):
             raise ValueError(f": not of a run of {verb}")
         return read_flat(path)
     except ValueError as error:
