@@ -281,7 +281,13 @@ def read_lines(path):
     import yaml
 
     class Loader(yaml.SafeLoader):
-        """Reads no alias."""
+        """Reads no alias, and no brackets in brackets in brackets: their scanner takes the square of their depth."""
+
+        def fetch_flow_collection_start(self, kind):
+            """The next bracket, unless it is too deep."""
+            if self.flow_level > 9:
+                raise RecursionError
+            super().fetch_flow_collection_start(kind)
 
         def compose_node(self, parent, index):
             """The next node, unless it repeats another."""
@@ -289,7 +295,7 @@ def read_lines(path):
                 raise yaml.composer.ComposerError(None, None, "an alias; allowed: each value written out", self.peek_event().start_mark)
             return super().compose_node(parent, index)
 
-    text = read_text(path, 2**16)
+    text = read_text(path, 2**15)
     try:
         node = yaml.compose(text, Loader=Loader)
     except RecursionError:
