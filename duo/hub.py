@@ -263,7 +263,7 @@ class Model(ModelHubMixin):
         if self.process is None:
             never, start = self.ends
             bias = self.net.head.bias.index_fill(0, torch.full((), never, device=x0.device), -torch.inf)
-            return left_to_right_nll(self.net.hidden, self.net.head.weight, bias, x0, start)
+            return left_to_right_nll(self.net.hidden, lambda: (self.net.head.weight, bias), x0, start)
         if not isinstance(t, torch.Tensor) or t.shape != x0.shape[:1] or not ((t >= 0) & (t <= 1)).all():
             raise ValueError(f"t: given {' '.join(repr(t)[:60].split())}; allowed: ({len(x0)},) times from 0 to 1, one for each row of x0")
         return self.bound(x0, *self._noised(x0, t, generator), labels)

@@ -136,7 +136,7 @@ def ar_loss(net, x0, bos, weights=None, start=None, promised=False):
     start = bos if start is None else start
     weights = torch.ones_like(x0, dtype=torch.float) if weights is None else weights
     share = torch.where(x0[:, :1] == start, weights[:, :1] / x0.shape[1], 0)  # what a first token that costs nothing has of the weight of all
-    return left_to_right_nll(net.hidden, net.head.weight[:bos], net.head.bias[:bos], x0, start, weights / (1 - share), promised)
+    return left_to_right_nll(net.hidden, lambda: (net.head.weight[:bos], net.head.bias[:bos]), x0, start, weights / (1 - share), promised)
 
 # %% ../nbs/09_training.ipynb #20e5a59b
 class Training(L.LightningModule):
