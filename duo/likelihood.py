@@ -478,14 +478,16 @@ def linear_ar_nll(hidden, weight, bias, x0, chunk=None, weights=None, promised=F
     return _fused(_entropy(x0.reshape(-1), _per_token(1.0, x0), flat), flat, weight, bias, _flat(weights, x0), chunk, promised).reshape(x0.shape)
 
 # %% ../nbs/04_likelihood.ipynb #5e0a71c2
-def left_to_right_nll(hidden, weight, bias, x0, start, weights=None, promised=False):
+def left_to_right_nll(hidden, head, x0, start, weights=None, promised=False):
     """−log p(x^i | x^{<i}), (B, L) in nats, of a causal `hidden(x (B, L)) -> (B, L, D)` that reads the token `start` first, times `weights` (B, L), if given.
-    Where a row begins with `start` itself, this token is not fed again, and costs 0. `promised` as in `linear_nelbo`."""
+    Where a row begins with `start` itself, this token is not fed again, and costs 0. `head()` -> (weight (K, D), bias (K,)) is asked after `hidden`,
+    since a divided network has them whole only then; `promised` as in `linear_nelbo`."""
     framed = x0[:, :1] == start
     x = torch.where(framed, x0, torch.cat([torch.full_like(x0[:, :1], start), x0[:, :-1]], 1))
     weights = torch.ones_like(x0, dtype=torch.float) if weights is None else weights
     ahead = torch.where(framed, torch.nn.functional.pad(weights[:, 1:], (0, 1)), weights)
-    nats = linear_ar_nll(hidden(x), weight, bias, torch.where(framed, x0.roll(-1, 1), x0), weights=ahead, promised=promised) * ahead
+    states = hidden(x)
+    nats = linear_ar_nll(states, *head(), torch.where(framed, x0.roll(-1, 1), x0), weights=ahead, promised=promised) * ahead
     return torch.where(framed, torch.nn.functional.pad(nats[:, :-1], (1, 0)), nats)
 
 # %% ../nbs/04_likelihood.ipynb #07539bf0
