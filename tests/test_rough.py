@@ -214,6 +214,7 @@ def same_stat(file, text):
 def test_a_text_is_known_by_its_content(large, at, monkeypatch):
     """Replaced under the same name, size and date, or behind a link: seen at once, in files, folders and streams, small and large; under another name it is the same."""
     monkeypatch.setattr(content, "LARGE", large)
+    monkeypatch.setattr(content, "_READ", min(large, 1 << 20))
     for split in ("train", "valid"):
         (at / f"{split}.txt").write_text("\n\n".join(paragraphs(40)))
     (at / "link.txt").symlink_to(at / "train.txt")
@@ -256,6 +257,7 @@ DAMAGES = {"cut": lambda b: b[:-2], "longer": lambda b: b + b"\0\0", "zeroed": l
 @pytest.mark.parametrize("large", [1 << 26, 1])
 def test_a_damaged_store_is_one_line(large, at, cases, monkeypatch):
     monkeypatch.setattr(content, "LARGE", large)
+    monkeypatch.setattr(content, "_READ", min(large, 1 << 20))
     folder = prepare(cases / "plain.txt", "train", tokenizer("bpe1024"), workers=1)
     load = lambda: load_blocks(cases / "plain.txt", "train", "bpe1024", 16, separator="")
     whole, expected = {name: (folder / name).read_bytes() for name in ("tokens.bin", "ends.bin", "store.json")}, load()[:].tolist()
