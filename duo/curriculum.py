@@ -12,13 +12,16 @@ import torch
 from .duality import alpha_tilde, gamma_window, uniform_alpha
 
 # %% ../nbs/07_curriculum.ipynb #cdd570b5
+_COLDEST = 1e-30  # below, float32 does not hold what is divided by it
+
+
 def relax(x0, gamma, tau, vocab_size, top_k=None, generator=None):
     """Soft input and hard token of one latent w = α̃ x + σ̃ ε: `(soft, xt)`, xt (B, L) = argmax w (paper I, section 4.1).
 
     x0 (B, L) int64, gamma (B,) or a float. soft is softmax(w/τ), (B, L, K) float32; with top_k it is `(indices, weights)`, each (B, L, k),
     the k largest weights of that softmax in descending order, without the rest (paper II). `generator` may be a list, one for each row (dense).
-    ValueError if tau ≤ 0, top_k is not in 1..K, or gamma has another length."""
-    if not tau > 0: raise ValueError(f"tau is {tau}; it must be positive (at tau = 0 the input is the hard token itself)")
+    ValueError if tau < 1e-30, top_k is not in 1..K, or gamma has another length."""
+    if not tau >= _COLDEST: raise ValueError(f"tau is {tau}; it must be at least {_COLDEST} (at tau = 0 the input is the hard token itself)")
     gamma = torch.as_tensor(gamma, dtype=torch.float64, device=x0.device).reshape(-1, 1)
     if len(gamma) not in (1, len(x0)):
         raise ValueError(f"gamma has {len(gamma)} values; it must be a float or one value for each of the {len(x0)} rows of x0")
@@ -88,8 +91,8 @@ class Curriculum:
 
     def __post_init__(self):
         if self.top_k is not None and self.top_k < 1: raise ValueError(f"top_k is {self.top_k}; it must be None (dense) or at least 1")
-        if not self.tau > 0: raise ValueError(f"tau is {self.tau}; it must be positive")
-        if self.tau_end is not None and not self.tau_end > 0: raise ValueError(f"tau_end is {self.tau_end}; it must be None (tau throughout) or positive")
+        if not self.tau >= _COLDEST: raise ValueError(f"tau is {self.tau}; it must be at least {_COLDEST}")
+        if self.tau_end is not None and not self.tau_end >= _COLDEST: raise ValueError(f"tau_end is {self.tau_end}; it must be None (tau throughout) or at least {_COLDEST}")
         if self.tau_hold and (self.tau_end is None or not 0 <= self.tau_hold < self.steps):
             raise ValueError(f"tau_hold is {self.tau_hold}; it must be 0, or with tau_end from 0 to steps - 1 = {self.steps - 1}")
         if self.steps < 0: raise ValueError(f"steps is {self.steps}; it must be at least 0")
