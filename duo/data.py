@@ -4,16 +4,18 @@
 
 # %% auto #0
 __all__ = ['AUSTEN_ALPHABET', 'AUSTEN_BOOKS', 'DETOKENIZERS', 'DATASETS', 'SPLITS', 'CharTokenizer', 'Text8Tokenizer',
-           'SubwordTokenizer', 'BPETokenizer', 'train_bpe', 'PixelTokenizer', 'tokenizer', 'tokenizer_from_json',
-           'austen_books', 'synthetic_chain', 'synthetic_bits', 'detokenize', 'DataSet', 'Texts', 'check_split',
-           'documents', 'Blocks', 'characters', 'pack', 'pad_symbol', 'pad', 'Conditional', 'conditional', 'TokenFile',
-           'contents', 'store_path', 'prepare', 'own_frame', 'end_symbol', 'check_text', 'load_blocks', 'Batches',
-           'Streamed']
+           'backend_from', 'SubwordTokenizer', 'BPETokenizer', 'train_bpe', 'PixelTokenizer', 'tokenizer',
+           'tokenizer_from_json', 'austen_books', 'synthetic_chain', 'synthetic_bits', 'detokenize', 'DataSet', 'Texts',
+           'check_split', 'documents', 'Blocks', 'characters', 'pack', 'pad_symbol', 'pad', 'Conditional',
+           'conditional', 'TokenFile', 'contents', 'store_path', 'prepare', 'own_frame', 'end_symbol', 'check_text',
+           'load_blocks', 'Batches', 'Streamed']
 
 # %% ../nbs/08_data.ipynb #edc3f37f
+import base64
 import contextlib
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -111,6 +113,51 @@ def _byte_characters():
 _BEFORE_WORDS = re.compile(r"(?<=\S)(?= \S)")
 
 
+@contextlib.contextmanager
+def _in_words():
+    """Turns the tokenizers library's own end of a Rust thread, which is no Exception, into a ValueError in one line."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(f"tokenizer: the tokenizers library cannot go on ({repr(str(error))[:80]})") from None
+
+
+def _growth(part):
+    """By how much a part of a tokenizer.json may lengthen a text. ValueError for a table of characters that tells of more than it holds."""
+    if isinstance(part, list):
+        return math.prod(map(_growth, part))
+    if not isinstance(part, dict):
+        return 1
+    content, pattern = part.get("content"), part.get("pattern")
+    if part.get("type") == "Precompiled":
+        table = base64.b64decode(part.get("precompiled_charsmap") or "")
+        if len(table) < 4 or int.from_bytes(table[:4], "little") > len(table) - 4:
+            raise ValueError("tokenizer: the table of its normalizer (Precompiled) is damaged")
+    times = 1 + len(part.get("prepend") or "")
+    if part.get("type") == "Replace" and isinstance(content, str) and isinstance(pattern, dict):
+        times = max(1, len(content)) if pattern.get("String") else 1 + len(content)
+    return times * math.prod(_growth(part.get(key)) for key in ("normalizers", "decoders", "pretokenizers"))
+
+
+def backend_from(text):
+    """The `tokenizers.Tokenizer` of a tokenizer.json, from anywhere. ValueError in one line for one that is none, or whose parts make a text more than a thousand times longer."""
+    from tokenizers import Tokenizer
+    try:
+        spec = json.loads(text)
+        growth = math.prod(_growth(spec.get(part)) for part in ("normalizer", "pre_tokenizer", "decoder"))
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"tokenizer: no description of the tokenizers library ({repr(str(error))[:80]})") from None
+    if growth > 1000:
+        raise ValueError("tokenizer: its parts make a text more than 1,000 times longer, so it is refused")
+    try:
+        with _in_words():
+            return Tokenizer.from_str(text)
+    except Exception as error:  # the library has one kind for all
+        raise ValueError(f"tokenizer: no description of the tokenizers library ({repr(str(error))[:80]})") from None
+
+
 class SubwordTokenizer:
     """A `tokenizers.Tokenizer` behind the common interface. `chars` is None where a symbol's characters depend on its neighbours."""
 
@@ -137,7 +184,8 @@ class SubwordTokenizer:
         return [np.frombuffer(b"".join(map(known.__getitem__, p)), np.uint32) for p in pieces]
 
     def _encode(self, texts):
-        return (e.ids for e in self.backend.encode_batch_fast(texts, add_special_tokens=False))
+        with _in_words():
+            return (e.ids for e in self.backend.encode_batch_fast(texts, add_special_tokens=False))
 
     @cached_property
     def _parts(self):
@@ -150,7 +198,8 @@ class SubwordTokenizer:
 
     def decode(self, ids):
         """Ids → text, special tokens included."""
-        return self.backend.decode([int(i) for i in ids], skip_special_tokens=False)
+        with _in_words():
+            return self.backend.decode([int(i) for i in ids], skip_special_tokens=False)
 
     @cached_property
     def special(self):
@@ -268,7 +317,7 @@ def _from_directory(path):
         text = (path / "tokenizer.json").read_text(encoding="utf-8")
         if "type" in json.loads(text):  # ours
             return tokenizer_from_json(text)
-        backend = Tokenizer.from_str(text)
+        backend = backend_from(text)
         file = path / "tokenizer_config.json"
         names = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
         names = {k: v["content"] if isinstance(v, dict) else v for k, v in names.items() if k.endswith("_token")}
@@ -325,9 +374,7 @@ def tokenizer_from_json(text):
     if kind == "bpe":
         return BPETokenizer(fields["merges"], fields["name"])
     if kind == "subword":
-        from tokenizers import Tokenizer
-        backend = Tokenizer.from_str(json.dumps(fields["tokenizer"]))
-        return SubwordTokenizer(backend, *(fields[k] for k in ("name", "bos_id", "eos_id", "pad_id")))
+        return SubwordTokenizer(backend_from(json.dumps(fields["tokenizer"])), *(fields[k] for k in ("name", "bos_id", "eos_id", "pad_id")))
     if kind == "pixels":
         return PixelTokenizer(*(fields[k] for k in ("channels", "height", "width")))
     raise ValueError(f"tokenizer type must be char, text8, bpe, subword or pixels, got {kind!r}")

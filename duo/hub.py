@@ -1120,7 +1120,7 @@ def _empty(directory: Path) -> Model:
     try:
         tokenizer = tokenizer_from_json(vocabulary)
     except Exception as err:  # also the tokenizers library's own kinds
-        raise ValueError(f"{directory / 'tokenizer.json'}: not a tokenizer that duo wrote ({err})") from None
+        raise ValueError(f"{directory / 'tokenizer.json'}: not a tokenizer that duo wrote ({shown(str(err))})") from None
     try:
         network, shape = _KINDS[config.get("network", "dit")]
         shape = shape(**{f.name: config[f.name] for f in dataclasses.fields(shape) if f.name in config})
