@@ -620,10 +620,13 @@ def _check_readable(folder, verb):
     except ValueError as error:
         raise RunError(str(error)) from None
     if verb in ("train", "distil") and find(last):
+        from duo.files import check_archive
         from duo.hub import examine
 
         try:
-            examine(last)
+            check_archive(last)
+            if find(last.with_name("config.json")):  # which the first validation writes
+                examine(last)
         except ValueError as error:
             raise RunError(f"{here(last)}: {str(error).removeprefix(f'{last}: ')}; --restart begins anew") from None
 

@@ -129,3 +129,22 @@ def test_killed_at_random_moments(tmp_path, capsys):
     with capsys.disabled():
         print("\n" + done.stdout, end="")
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_a_training_that_diverges(tmp_path):
+    """One line and exit 1, the checkpoint from before is kept and loads, no model is saved; what was damaged since is not gone on from."""
+    words = {"max_steps=400": "max_steps=40", "curriculum_steps=100": "curriculum_steps=10", "valid_every=40": "valid_every=10", "checkpoint_every=10": "checkpoint_every=2"}
+    told = [*[words.get(word, word) for word in command(tmp_path / "run")], "lr=1e37"]
+    done = subprocess.run(told, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    last, lines = tmp_path / "run/checkpoints/last.ckpt", [line for line in done.stderr.splitlines() if "Diverged" in line]
+    assert done.returncode == 1 and len(lines) == 1 and "is nan at step 6 (learning rate 1e+37)" in lines[0] and "last.ckpt keeps step 4; try a lower lr" in lines[0] and "Traceback" not in done.stderr
+    found = torch.load(last, weights_only=True)
+    assert found["global_step"] == 4 and all(tensor.isfinite().all() for tensor in found["state_dict"].values())
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["checkpoints", "environment.json", "notebook.ipynb", "parameters.yaml"] and [*last.parent.iterdir()] == [last]
+    whole = last.read_bytes()
+    last.write_bytes(whole[:len(whole) // 2] + bytes([whole[len(whole) // 2] ^ 1]) + whole[len(whole) // 2 + 1:])
+    again = subprocess.run(told, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert again.returncode != 0 and "last.ckpt" in again.stderr and "Bad CRC-32" in again.stderr and "--restart" in again.stderr, again.stderr
+    last.write_bytes(whole)
+    again = subprocess.run(told, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)  # goes on, though no validation has written a config.json
+    assert again.returncode == 1 and "is nan at step 6" in again.stderr and "keeps step 4" in again.stderr, again.stderr
