@@ -120,9 +120,9 @@ def bounds(K, dtype, limit):
             if mask is not None:
                 bias[mask] = -torch.inf
             pi, pi_m = (1 / K, 0.0) if mask is None else (process.p_uniform / (K - 1), 1 - process.p_uniform)
-            # both columns of K = 2 may be in the normaliser alone, where a float32 logit keeps no more
+            # a row that the model is sure of has a gradient of 1e-5 and less, which float32 logits do not determine better
             compare(f"bound, {name}", lambda z: plain_bound(process, z, x0, xt, alpha, slope), (table, bias), kernels.OPS["bound"],
-                    (x0, xt, alpha, slope, pi, pi_m, -1 if mask is None else mask), limit, 1e-6)
+                    (x0, xt, alpha, slope, pi, pi_m, -1 if mask is None else mask), limit, 1e-6, 1e-3)
         table, bias = tables(K, dtype, gap=False)
         smooth = process.p_uniform > 0
         at = torch.arange(0, ROWS, 1 if smooth else 3, device=DEVICE)
