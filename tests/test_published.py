@@ -120,6 +120,8 @@ def test_other_samplers():
             assert given["sampler"] == {"owt_sedd_absorb": "analytic", "owt_mdlm": "cached", "owt_mdlm_sdtt": "cached"}.get(name, "ancestral"), name
     for given in files("fid", "cifar10_*").values():
         assert (given["n"], given["split"], given["labelled"], given["guidance"], given["metric"]) == (50_000, "train", True, [1.0], "fid")
+    for verb in ("train", "likelihood", "sample", "fid"):
+        assert {given["precision"] for given in files(verb, "cifar10_*").values()} == {"32"}, "published in float32"
     for given in files("zero_shot").values():
         assert given["data"] == ["ptb", "wikitext2", "wikitext103", "lm1b", "lambada", "ag_news", "pubmed", "arxiv"]
         assert (given["split"], given["length"], given["separator"]) == ("valid", 1024, "none")
