@@ -14,8 +14,10 @@ import hashlib
 import json
 import math
 import os
+import pickletools
 import re
 import shutil
+import zipfile
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
@@ -623,6 +625,7 @@ def read_checkpoint(path, whole=True) -> dict:
         names = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
         refused = [n for n in names if n not in _INERT_TYPES and n.split(".")[0] not in _INERT_PACKAGES]
         if not refused:
+            _check_tuples(path)
             with torch.serialization.safe_globals([(_stand_in(name), name) for name in names]):
                 found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             plain, _ = _plain(found, 4 * path.stat().st_size, {})
@@ -635,6 +638,30 @@ def read_checkpoint(path, whole=True) -> dict:
     if not isinstance(plain, dict):
         raise ValueError(f"{path}: must hold a dict, got {type(plain).__name__}")
     return plain
+
+
+def _check_tuples(path):
+    """ValueError where a tuple in the pickle of an archive unfolds to more entries than four times its bytes: as the name of an entry, Python would hash them all."""
+    with zipfile.ZipFile(path) as archive:
+        data = archive.read(next(name for name in archive.namelist() if name.endswith("/data.pkl")))
+    stack, memo = [], {}  # sizes of what the reader would hold, None for a mark
+    for op, arg, _ in pickletools.genops(data):
+        if op.name in ("BINPUT", "LONG_BINPUT", "PUT", "MEMOIZE"):
+            memo[len(memo) if arg is None else arg] = stack[-1]
+            continue
+        taken = 0
+        if pickletools.markobject in op.stack_before:
+            while (size := stack.pop()) is not None:
+                taken += size
+        for _ in range(op.stack_before.index(pickletools.markobject) if pickletools.markobject in op.stack_before else len(op.stack_before)):
+            taken += stack.pop() or 0
+        if op.name in ("BINGET", "LONG_BINGET", "GET"):
+            stack.append(memo[arg])
+        elif op.stack_after:
+            whole = op.name.startswith("TUPLE") or op.name in ("REDUCE", "NEWOBJ", "FROZENSET")
+            stack += [None if op.name == "MARK" else 1 + taken * whole] * len(op.stack_after)
+        if stack and (stack[-1] or 0) > 4 * len(data):
+            raise ValueError(f"shared tuples unfold to more than {4 * len(data):,} entries, four times the file")
 
 
 def _plain(x, room, seen):

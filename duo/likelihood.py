@@ -12,11 +12,12 @@ import functools
 import math
 import warnings
 from dataclasses import dataclass
+from numbers import Integral
 from types import SimpleNamespace
 
 import torch
 
-from .processes import Absorbing, Hybrid, Uniform
+from .processes import Absorbing, Hybrid, Uniform, check_tokens
 from .schedules import LogLinear
 
 # %% ../nbs/04_likelihood.ipynb #85e2be50
@@ -285,6 +286,8 @@ def _check(process, name, table, x0, xt):
     if xt.shape != x0.shape: raise ValueError(f"xt has shape {tuple(xt.shape)}, but must have that of x0, {tuple(x0.shape)}")
     want = (*x0.shape, process.vocab_size)
     if tuple(table.shape) != want: raise ValueError(f"{name} has shape {tuple(table.shape)}, but x0 and the process ask for {want}")
+    for told, x in (("x0", x0), ("xt", xt)):
+        check_tokens(told, x, process.vocab_size)
 
 # %% ../nbs/04_likelihood.ipynb #20390d53
 def nelbo(process, log_p, x0, xt, alpha, alpha_dot):
@@ -409,6 +412,8 @@ def _check_head(process, hidden, weight, x0, xt):
     if (len(weight),) != (process.vocab_size,) or hidden.shape[:-1] != x0.shape or xt.shape != x0.shape:
         raise ValueError(f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}, x0 {tuple(x0.shape)}, xt {tuple(xt.shape)}: "
                          f"(B, L, D), ({process.vocab_size}, D), (B, L), (B, L) are needed")
+    for told, x in (("x0", x0), ("xt", xt)):
+        check_tokens(told, x, process.vocab_size)
 
 
 def _flat(weights, x0):
@@ -677,7 +682,7 @@ class Staircase:
     T: int
 
     def __post_init__(self):
-        if isinstance(self.T, bool) or not isinstance(self.T, int) or self.T < 1: raise ValueError(f"T must be a whole number of steps, at least 1, got {self.T!r}")
+        if isinstance(self.T, bool) or not isinstance(self.T, Integral) or self.T < 1: raise ValueError(f"T must be a whole number of steps, at least 1, got {self.T!r}")
 
     def _step(self, t): return torch.as_tensor(t, dtype=torch.float64).mul(self.T).sub(1e-6).ceil().clamp(1, self.T)
 

@@ -20,7 +20,7 @@ def _said(x):
 
 def readable(x):
     "Whether the values of a tensor can be looked at without a wait: on a CPU, and no stand-in."
-    return x.device.type == "cpu" and type(x) in (torch.Tensor, torch.nn.Parameter) and x.numel() > 0
+    return x.device.type == "cpu" and type(x) in (torch.Tensor, torch.nn.Parameter) and x.numel() > 0 and not torch.compiler.is_compiling()
 
 
 def _range(x):

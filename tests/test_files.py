@@ -94,15 +94,26 @@ def test_small_files_that_ask_for_much(tmp_path):
     rows = [{"a": 1}]
     for _ in range(40):
         rows = {"x": rows, "y": rows, "z": (rows, rows)}
+    names = ()
+    for _ in range(60):
+        names = (names, names)
     ring = [1]
     ring.append(ring)
     big = torch.zeros(1).expand(10**9)
     many = torch.zeros(10**5)
-    for content in ({"state_dict": bomb}, {"hyper_parameters": rows}, {"a": ring}, {"state_dict": {"a": big}}, {"a": [many] * 10**4},
+    for content in ({"state_dict": bomb}, {"hyper_parameters": rows}, {"a": ring}, {"a": {1: names}}, {"a": [names]}, {"state_dict": {"a": big}}, {"a": [many] * 10**4},
                     {"state_dict": {str(i): big for i in range(5)}}, {"a": torch.eye(3).to_sparse()}):
         torch.save(content, path)
         line(lambda: load(path), "x.ckpt")
         line(lambda: examine(path), "x.ckpt")
+    torch.save({}, path)
+    with zipfile.ZipFile(path) as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    name = b"".join(b"h" + bytes([i]) + b"\x86q" + bytes([i + 1]) for i in range(60))  # a tuple of twice the tuple before, sixty times: to hash it is 2⁶⁰ steps
+    with zipfile.ZipFile(path, "w") as archive:
+        for part, content in parts.items():
+            archive.writestr(part, b"\x80\x02})q\x00" + name + b"K\x01s." if part.endswith("data.pkl") else content)
+    line(lambda: load(path), "shared tuples")
     for kind, size in ((zipfile.ZIP_DEFLATED, 10**8), (zipfile.ZIP_BZIP2, 10**6), (zipfile.ZIP_LZMA, 10**6)):
         with zipfile.ZipFile(path, "w", kind) as archive:
             archive.writestr("x/data.pkl", bytes(size))
