@@ -636,15 +636,21 @@ def sample(denoiser, process, schedule, shape, steps, sampler=Ancestral(), tail=
         convert = lambda l, z, alpha_t: l.index_fill(-1, torch.full((), process.mask_id, device=l.device), -math.inf)
     psi = x.new_full(shape, math.inf, dtype=torch.float64) if isinstance(sampler.kappa, Conf) else None
     told = prompt is not None and getattr(getattr(denoiser, "config", None), "token_sigma", False)
+    plain = stop is None and psi is None and not isinstance(sampler, Analytic)
     for step in walk:
         sigma = torch.full((shape[0],), -math.log(step.alpha_t) if step.alpha_t > 0 else math.inf, device=device)
         sigma = torch.where(fixed, 0.0, sigma[:, None]) if told else sigma
-        where = _alive(process, x, free, step, generator)
+        where, draws = _alive(process, x, free, step, generator), plain and (step.alpha_s < 1 or tail in ("sample", "none"))
         if read(x, sigma, where.any(1) if sampler.cache or stop is not None else None) and callback is not None:
             callback(step, x, head(read.answer))
-        xt, old, x = x[where], x, x.clone()
-        logits = _rows(read.answer, where, head, convert, xt, step.alpha_t)
-        x[where] = new = choose(logits, xt, step)
+        old = x
+        if draws:  # without to ask how many tokens there are
+            xt = x.flatten()
+            x = choose(_rows(read.answer, None, head, convert, xt, step.alpha_t), xt, step, where.flatten()).view(shape)
+        else:
+            xt, x = x[where], x.clone()
+            logits = _rows(read.answer, where, head, convert, xt, step.alpha_t)
+            x[where] = new = choose(logits, xt, step)
         if stop is not None and not step.refresh:
             memory = stop.update(memory, process, logits(), old, step.alpha_t, where)
             done = (memory[0] >= stop.calls)[:, None]
@@ -675,11 +681,11 @@ def _finish(new, at, choose, logits, xt, step):
 
 
 def _rows(answer, where, head, convert, xt, alpha_t=None):
-    """The function (ids (n,), or None for all) -> logits (n, K) of the tokens `where` (B, L), counted in order; the others are not projected."""
-    flat, at = answer.flatten(0, 1), where.flatten().nonzero()[:, 0]
+    """The function (ids (n,), or None for all) -> logits (n, K) of the tokens `where` (B, L), counted in order, or of all (None); others are not projected."""
+    flat, at = answer.flatten(0, 1), None if where is None else where.flatten().nonzero()[:, 0]
 
     def logits(ids=None):
-        out = head(flat[at if ids is None else at[ids]])
+        out = head(flat[ids if at is None else at if ids is None else at[ids]])
         return out if convert is None else convert(out, xt if ids is None else xt[ids], alpha_t)
 
     return logits
@@ -694,9 +700,9 @@ def _confidence(process, logits, new):
 
 
 def _chooser(process, sampler, tail, top_p, temperature, generator):
-    """The function (logits, xt (n,), step) -> x_s (n,) of these settings; `logits` is a function as in `_rows`."""
+    """The function (logits, xt (n,), step, where (n,) or None) -> x_s (n,) of these settings; `logits` is a function as in `_rows`."""
 
-    def choose(logits, xt, step):
+    def choose(logits, xt, step, where=None):
         greedy = step.alpha_s == 1 and tail != "sample"
         if isinstance(sampler, Analytic):
             if not greedy:
@@ -706,7 +712,7 @@ def _chooser(process, sampler, tail, top_p, temperature, generator):
             return _greedy(process, logits(), xt, step, tail)
         alpha_t = 0.0 if step.refresh else step.alpha_t  # a refreshed token is drawn as if its place had held nothing but noise
         told = logits if temperature == 1 else lambda ids: temper(process, logits(ids), xt[ids], alpha_t, temperature)
-        return process.draw(told, xt[None], step.alpha_s, alpha_t, step.kappa, top_p, generator)[0]
+        return process.draw(told, xt[None], step.alpha_s, alpha_t, step.kappa, top_p, generator, where)[0]
 
     return choose
 
