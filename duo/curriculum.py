@@ -46,12 +46,11 @@ def _largest(shape, count, total, device=None, generator=None):
 # %% ../nbs/07_curriculum.ipynb #407e1849
 def _distinct(x0, count, vocab_size, generator=None):
     "(B, L, count) distinct tokens other than x0, every ordered choice equally likely."
-    taken = x0.unsqueeze(-1)
-    for j in range(1, count + 1):
-        rank = torch.randint(vocab_size - j, x0.shape, device=x0.device, generator=generator).unsqueeze(-1)
-        free = taken.sort(-1).values - torch.arange(j, device=x0.device)
-        taken = torch.cat([taken, rank + (free <= rank).sum(-1, keepdim=True)], -1)
-    return taken[..., 1:]
+    ranks = [torch.randint(vocab_size - j, x0.shape, device=x0.device, generator=generator) for j in range(1, count + 1)]
+    chosen = torch.stack(ranks, -1)  # each a place among the tokens that are left: from the last choice to the first, step over what was taken
+    for j in range(count - 2, -1, -1):
+        chosen[..., j + 1:] += chosen[..., j + 1:] >= chosen[..., j:j + 1]
+    return chosen + (chosen >= x0.unsqueeze(-1))
 
 # %% ../nbs/07_curriculum.ipynb #45271286
 def _log_tail(z, s):
