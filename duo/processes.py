@@ -321,12 +321,13 @@ def _by_kernel(logits, asked, K, hidden, z, pi_z, t, top_p, generator):
 
 @_method
 @torch.no_grad()
-def draw(self, logits, xt, alpha_s, alpha_t, kappa=1.0, top_p=1.0, generator=None):
+def draw(self, logits, xt, alpha_s, alpha_t, kappa=1.0, top_p=1.0, generator=None, where=None):
     """x_s ~ Ψ(x_s | x_t): `(B, L)` int64, drawn exactly from `logits` (B, L, K) and `xt` (B, L) (paper II, Eq. 12; κ = 1: paper I, Eq. 4).
 
     In place of the tensor, `logits` may be a function of positions (n,) int64 in xt.reshape(-1) that returns their logits (n, K); it is called
     for those alone whose outcome depends on the network. `alpha_s` ≥ `alpha_t` and `kappa` are floats or broadcast to (B, L). `top_p` < 1
-    truncates x_θ to its nucleus before the posterior is formed. Under `Absorbing` the mask's logit counts as −∞. Logits may be −inf. Raises
+    truncates x_θ to its nucleus before the posterior is formed. Under `Absorbing` the mask's logit counts as −∞. Logits may be −inf. Tokens
+    that are not in `where` (B, L), a mask, stay. On an accelerator one number is waited for: how many positions are asked. Raises
     ValueError for what is out of range (numbers always, tokens, levels and logits on a CPU) and for logits of another shape.
     """
     _check(top_p, generator, alpha_s=alpha_s, alpha_t=alpha_t, kappa=kappa)
@@ -346,7 +347,10 @@ def draw(self, logits, xt, alpha_s, alpha_t, kappa=1.0, top_p=1.0, generator=Non
     high = torch.where(surely_hit, model_end, still_keep)
     u = torch.rand(z.shape, dtype=torch.float64, generator=generator, device=z.device)
     out = torch.where(u < low, z, self.sample_prior(z.shape, generator, z.device))
-    asked = ((u >= low) & (u < high)).nonzero()[:, 0]
+    asked = (u >= low) & (u < high)
+    if where is not None:
+        asked, out = asked & where.reshape(-1), torch.where(where.reshape(-1), out, z)
+    asked = asked.nonzero()[:, 0]
     draw_clean = _by_kernel if _kernels(z) else _by_blocks
     for i, token in draw_clean(logits, asked, self.vocab_size, self.mask_id if self.hides_mask else None, z, pi_z, t, top_p, generator):
         out[i] = torch.where(token < 0, z[i], torch.where(u[i] < model_end[i], token, out[i]))
