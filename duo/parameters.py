@@ -115,7 +115,7 @@ def here(path):
 
 def outputs(root):
     """The folder of all results: `outputs/`, or where the variable `DUO_OUTPUTS` says."""
-    return (root / (os.environ.get("DUO_OUTPUTS") or "outputs")).resolve()
+    return Path(os.path.realpath(root / (os.environ.get("DUO_OUTPUTS") or "outputs")))
 
 
 def targets(root):
@@ -295,7 +295,9 @@ def read_lines(path):
                 raise yaml.composer.ComposerError(None, None, "an alias; allowed: each value written out", self.peek_event().start_mark)
             return super().compose_node(parent, index)
 
-    text = read_text(path, 2**15)
+    text = read_text(path, 2**18)
+    if text.count("\n") + text.count(",") > 5000:
+        raise ValueError(": more than 5,000 lines and commas")
     try:
         node = yaml.compose(text, Loader=Loader)
     except RecursionError:
@@ -484,8 +486,8 @@ def check_data(params):
     from duo.images import IMAGES, is_images
 
     problems, names = [], params.get("data") or []
-    if (copies := os.environ.get("DUO_DATA")) and not Path(copies).is_dir():
-        problems.append(f"DUO_DATA: given {copies}; allowed: a folder that exists, of copies of what is fetched")
+    if (copies := os.environ.get("DUO_DATA")) and not os.path.isdir(copies):
+        problems.append(f"DUO_DATA: given {shown(copies)}; allowed: a folder that exists, of copies of what is fetched")
     splits = params.get("splits") or ([params["split"]] if "split" in params else ["train", "valid"] if "max_steps" in params or "rounds" in params else [])
     for name in names if isinstance(names, list) else [names]:
         if name not in {**DATASETS, **IMAGES} and not Path(name).exists():
@@ -1279,7 +1281,7 @@ def plan(target, given=(), output=None, root=None, world=None, smoke=False):
 # %% ../nbs/14_parameters.ipynb #f38356b0
 def _short(value):
     """A value in a table: numbers to six digits."""
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
+    return f"{value:.6g}" if isinstance(value, float) else printable(str(value))
 
 
 def table(rows, columns=None):
@@ -1292,7 +1294,10 @@ def table(rows, columns=None):
 
 def _first_line(path):
     """What a parameter file says of itself: its first line, if that is a comment."""
-    line = path.read_text(encoding="utf-8").partition("\n")[0]
+    try:
+        line = read_text(path).partition("\n")[0]
+    except ValueError as error:
+        return str(error).lstrip(": ")
     return line.lstrip("# ").strip() if line.startswith("#") else ""
 
 
@@ -1301,7 +1306,7 @@ def listing(root, words=()):
     Raises `RunError` where there is none."""
     named = [target for target in targets(root) if all(word in target or fnmatch.fnmatch(target, word) for word in words)]
     if not named:
-        raise RunError(f"--list {' '.join(words)}: nothing has this in its name; duo-run --list shows all {len(targets(root))}")
+        raise RunError(f"--list {shown(' '.join(words))}: nothing has this in its name; duo-run --list shows all {len(targets(root))}")
     return table([{"": target, " ": _first_line(root / "parameters" / f"{target}.yaml")} for target in named]).strip()
 
 

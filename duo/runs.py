@@ -561,7 +561,7 @@ def _there(folder, verb):
     if path.name not in names:
         raise RunError(f"{here(folder)}: holds {shown(foreign[0])} and is not the folder of a run; choose another --output")
     try:
-        if not read_text(path, 2**15).startswith(f"# duo-run {verb}/"):
+        if not read_text(path, 2**18).startswith(f"# duo-run {verb}/"):
             raise ValueError(f": not of a run of {verb}")
         return read_flat(path)
     except ValueError as error:
@@ -932,7 +932,8 @@ USAGE = """duo-run VERB/NAME [key=value ...] [--output DIR] [--restart] [--dry-r
                  a text keeps its comma in two kinds of quotes, data='"a,b.txt"', and prompt=... is one text as it is typed,
                  {{ and }} in it are braces (several prompts: a list in the YAML file); paths are relative to where you are
   --output DIR   another folder for the results
-  --restart      discards the results and checkpoints that are there; without it the same command goes on where it stopped
+  --restart      discards the results and checkpoints that the run has written there; without it the same command goes on where it
+                 stopped, also to more max_steps where the learning rate is constant
   --dry-run      says what would be run, or submitted, and starts nothing
   --smoke        two steps at tiny sizes on small copies of the data, after those of the runs that it needs, into outputs/smoke/
   --slurm        submits to SLURM, a sweep as an array; options of sbatch from parameters/slurm.yaml, or behind it: nodes=2 time=4:00:00
@@ -1061,7 +1062,7 @@ def _start(jobs, root, restart, dry, slurm):
     if _rank():
         _one(job, root, restart)
         return 0
-    _say(f"{job.target} -> {here(job.folder)}" + (f", with {processes() - 1} other processes of {launcher()}, for which it waits" if launcher() and processes() > 1 else ""))
+    _say(f"{job.target} -> {here(job.folder)}" + (f", the first of {processes()} processes of {launcher()}, for which it waits" if launcher() and processes() > 1 else ""))
     metrics = _scalars(_one(job, root, restart).metrics())
     _say(f"{job.target} finished in {time.monotonic() - clock:.1f} s")
     if metrics:
