@@ -436,7 +436,8 @@ class Progress(Callback):
         if self.group is not None:
             torch.distributed.all_reduce(asked, group=self.group)
         due = trainer.global_step < self.max_steps and (asked or trainer.global_step % self.checkpoint_every == 0)
-        if due or len(self.norms) >= (1 if trainer.lightning_module.device.type == "cpu" and self.group is None else self.late):
+        late = 1 if self.group is None and all(norm.is_cpu for norm in self.norms) else self.late
+        if due or len(self.norms) >= late:
             self.check(trainer, weights=bool(due))
         if due:
             trainer.save_checkpoint(self.last)
