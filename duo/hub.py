@@ -20,7 +20,7 @@ import shutil
 import zipfile
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any
+from typing import Any, Callable, TypeVar, cast
 
 import torch
 from huggingface_hub import ModelHubMixin
@@ -123,7 +123,10 @@ def _tokens(what, given, size, dims=(1,)) -> torch.Tensor:
     return tokens
 
 
-def _undropped(method):
+_Method = TypeVar("_Method", bound=Callable[..., Any])
+
+
+def _undropped(method: _Method) -> _Method:
     """A method of `Model` whose network is in evaluation, and afterwards as it was."""
     @functools.wraps(method)
     def call(self, *args, **options):
@@ -135,16 +138,16 @@ def _undropped(method):
         finally:
             for module in training:
                 module.training = True
-    return call
+    return cast(_Method, call)
 
 
-def _precisely(method):
+def _precisely(method: _Method) -> _Method:
     """A method of `Model` whose matrix products have the precision of the model."""
     @functools.wraps(method)
     def call(self, *args, **options):
         with precise(self.device, self.precision):
             return method(self, *args, **options)
-    return call
+    return cast(_Method, call)
 
 
 @dataclasses.dataclass(eq=False)
