@@ -211,3 +211,21 @@ def test_padded_documents_of_ones_own(tmp_path):
     (folder / "train.jsonl").write_text(json.dumps({"text": "a\nb"}) + "\n")
     with pytest.raises(ValueError, match="padded for texts with a '\\\\n', which ends a text"):
         load_blocks(folder, "train", char, 8, layout="padded")
+
+
+def test_padded_texts_teach_their_end():
+    from duo.training import Training
+    method = "ar"  # which learns it in a second
+    texts = ["ab", "abcd", "dcb"]
+    blocks = pad(texts, LETTERS, 8, (None, BREAK))
+    module = Training(DiTConfig(network_vocab(method, 7), 32, 1, 2, 16, 0.0, causal=True), method, vocab_size=7, batch_size=48)
+    optimizer, order = torch.optim.AdamW(module.net.parameters(), 1e-2), np.arange(48) % 3
+    for _ in range(60):
+        optimizer.zero_grad()
+        module.nats(module.net, blocks[order], **blocks.more(order)).mean().backward()
+        optimizer.step()
+    made = Model(module.net, method, None, LETTERS, 8, frame=blocks.frame, layout="padded")
+    x = made.sample_tokens(100, steps=64, seed=0)
+    good = [text for row, text in zip(x.tolist(), made.text(x)) if text in texts and row == [*LETTERS.encode(text), *[BREAK] * (8 - len(text))]]
+    print(f"{len(good)} of 100 are a text, its end and nothing else; {sorted(set(good))}")
+    assert len(good) > 80 and set(good) == set(texts)
