@@ -1023,7 +1023,8 @@ def check_bench(params):
 
     from duo.dit import DiTConfig
 
-    out = []
+    out = [f"rehearse: given {shown(pattern)}; allowed: parameter files, as train/owt_*" for pattern in params["rehearse"] or ()
+           if not list((find_root() / "parameters").glob(f"{pattern}.yaml"))]
     if params["device"] == "cuda" and not torch.cuda.is_available():
         out.append("device: given cuda, but torch sees no GPU on this machine; allowed here: cpu")
     try:
@@ -1146,7 +1147,7 @@ def shrunk(params):
         return min(value, most[key]) if key in most and type(value) in (int, float) else value
 
     out = {key: less(key, value) for key, value in params.items()}
-    instead = {"compile": False, "compile_rows": False, "smoke": True} | ({} if _gpus() else {"device": "cpu"}) | ({} if importlib.util.find_spec("torch_fidelity") else {"metric": "fd_efficientnet_lite0"})
+    instead = {"compile": False, "compile_rows": False, "smoke": True, "rehearse": (params.get("rehearse") or [])[:1] or None} | ({} if _gpus() else {"device": "cpu"}) | ({} if importlib.util.find_spec("torch_fidelity") else {"metric": "fd_efficientnet_lite0"})
     return out | {key: value for key, value in instead.items() if key in out}
 
 

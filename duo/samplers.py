@@ -768,9 +768,9 @@ def sample_ar(
         raise ValueError(f"bos must be the number of the beginning-of-text symbol, got {bos!r}")
     device = _device(denoiser, prompt, generator, device)
     tokens, fixed = _clamped(prompt, shape, device, mask_id=bos)
-    if (fixed[:, 1:] & ~fixed[:, :-1]).any():
+    if prompt is not None and (fixed[:, 1:] & ~fixed[:, :-1]).any():
         raise ValueError("prompt must be a prefix for an autoregressive sampler, got fixed tokens after free ones")
-    first = int(fixed.all(0).sum())
+    first = 0 if prompt is None else int(fixed.all(0).sum())
     if steps not in (None, length - first):
         raise ValueError(f"steps must be {length - first} (one call per free token) or None for an autoregressive sampler, got {steps!r}")
     x = torch.where(fixed, tokens, bos)

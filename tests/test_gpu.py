@@ -48,3 +48,18 @@ def test_nothing_initialises_cuda_before_the_last_fit(name, trainings, monkeypat
         for cell in others:
             exec(cell, space)
     assert len(calls) == trainings and not any(p.is_cuda for p in calls[-1].parameters())
+
+
+BUDGET = {  # launches outside of the network, waits of the host
+    "train/owt_duo": (200, 0), "train/owt_duopp": (200, 0), "train/owt_mdlm": (120, 0), "train/owt_ar": (120, 0), "distil/owt_duo": (210, 0),
+    "sample/owt_duo batch_size=16": (110, 1), "sample/owt_mdlm batch_size=16": (110, 2), "likelihood/owt_duo": (120, 1),
+}
+
+
+def test_what_the_papers_runs_ask_of_a_gpu():
+    """One GPU of 80 GB holds each run, and no change makes the host slower than the device."""
+    pytest.importorskip("triton", reason="the kernels need Triton, without which their parts are counted one by one")
+    rehearsal = pytest.importorskip("duo.rehearsal", reason="this torch has no fake device")
+    for (name, (launches, waits)), row in zip(BUDGET.items(), rehearsal.rehearsed(BUDGET, ROOT), strict=True):
+        assert row["file"] == name.split()[0] and row["peak_gib"] < 72 and row["mixed_devices"] == 0, row
+        assert row["launches_outside"] <= launches and row["host_syncs"] <= waits, row
