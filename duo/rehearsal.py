@@ -6,7 +6,7 @@
 __all__ = ['DEVICE', 'VOCABULARY', 'device', 'Watch', 'Enough', 'Host', 'rehearsing', 'origin', 'network_config', 'rehearse',
            'rehearsed', 'runs_of']
 
-# %% ../nbs/18_rehearsal.ipynb #624caa17
+# %% ../nbs/18_rehearsal.ipynb #ed70d719
 import collections
 import contextlib
 import functools
@@ -40,7 +40,7 @@ from .schedules import SCHEDULES
 from .training import Training
 from .unet import UNet, UNetConfig
 
-# %% ../nbs/18_rehearsal.ipynb #ef44fd74
+# %% ../nbs/18_rehearsal.ipynb #99d0f8e6
 DEVICE = "gpu"
 _LOWER = "linear mm addmm matmul bmm baddbmm conv2d mv"
 _WIDER = "layer_norm group_norm softmax.int log_softmax.int exp log sum sum.dim_IntList cumsum log1p expm1 pow.Tensor_Scalar reciprocal rsqrt"
@@ -89,7 +89,7 @@ def _wider(floats):
 def _widest(floats):
     return _wider(floats) if any(t.dtype == torch.float32 for t in floats) else lambda t: t
 
-# %% ../nbs/18_rehearsal.ipynb #e7dba9f6
+# %% ../nbs/18_rehearsal.ipynb #05064a72
 _EMPTY = {f"aten::{name}" for name in ("empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided", "_unsafe_view", "_reshape_alias", "lift_fresh", "set_", "resize_")}
 
 
@@ -207,7 +207,7 @@ class _Border(torch.autograd.Function):
         ctx.watch.place = "inside"
         return g, None
 
-# %% ../nbs/18_rehearsal.ipynb #0a2444c3
+# %% ../nbs/18_rehearsal.ipynb #1cedfbca
 class _Attention(torch.autograd.Function):
     """Fused attention: one launch each way, and one number a row kept beside the output."""
 
@@ -318,7 +318,7 @@ def rehearsing(watch):
           warnings.catch_warnings(action="ignore"), watch, host):
         yield
 
-# %% ../nbs/18_rehearsal.ipynb #9346687a
+# %% ../nbs/18_rehearsal.ipynb #aadd9bc4
 VOCABULARY = {"gpt2": 50257, "bert-base-uncased": 30522, "pixels": 256, "text8": 27}
 
 
@@ -443,7 +443,7 @@ def rehearse(target, root=None, watch=None, **changes):
     return row | {"peak_gib": round(watch.peak / 2**30, 2), **dict(zip(("launches_outside", "launches_inside", "host_syncs"), counts)),
                   "float64_mib": round(watch.largest[0] / 2**20, 1), "mixed_devices": mixed}
 
-# %% ../nbs/18_rehearsal.ipynb #14d88b1d
+# %% ../nbs/18_rehearsal.ipynb #7d14cf85
 def rehearsed(targets, root=None, at_once=2):
     """The rows of `rehearse` of some runs "verb/name", or "verb/name batch_size=16", in order. Raises RuntimeError with the last line of one that fails."""
     def run(target):
