@@ -88,7 +88,10 @@ DAMAGE = {"cut": lambda text: text[: len(text) // 2], "empty": lambda text: "", 
 @pytest.mark.parametrize("name", ["parameters.yaml", "environment.json", "metrics.json", "samples.jsonl", "curve.csv"])
 def test_a_damaged_file_of_a_run_is_named_in_one_line_and_nothing_is_touched(root, capsys, name, how):  # noqa: F811
     folder = root / "outputs/toy/first"
-    assert runs.main(["toy/first", "flag=true", "steps=1"]) == 0
+    runs._write(folder / "parameters.yaml", runs._flat({"steps": 1, "lr": 0.1, "kind": "good", "sizes": [1, 2], "label": None, "flag": True}, "duo-run toy/first flag=true steps=1"))
+    runs._write(folder / "environment.json", json.dumps({"sessions": [{"status": "finished", "wall_seconds": 1.0}]}))
+    runs._write(folder / "checkpoints/last.ckpt", "x")
+    runs.Run(folder).metrics(loss=1.0)
     runs.Run(folder).samples([{"a": 1, "text": "b"}])
     runs.Run(folder).curve([{"step": 1, "valid_nll": 2.5}])
     (folder / name).write_bytes(DAMAGE[how]((folder / name).read_text()).encode("utf-8", "surrogateescape"))
