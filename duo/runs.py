@@ -852,7 +852,7 @@ def collected(folders, root):
             metrics, curve = _scalars(Run(folder).metrics()), Run(folder).curve()
         except ValueError as error:
             metrics, curve = {"damaged": str(error)}, []
-        row = {"run": name, **{k: params[k] for k in differ if k in params}, "status": sessions[-1]["status"] if sessions else "none",
+        row = {"run": name, **{k: params[k] for k in params if k in (*differ, "damaged")}, "status": sessions[-1]["status"] if sessions else "none",
                "sessions": len(sessions), "wall_seconds": round(sum(_seconds(s) for s in sessions), 1), **metrics}
         logs = sorted(folder.glob("logs/*.out"), key=lambda log: log.stat().st_mtime)
         if logs and row["status"] != "finished":

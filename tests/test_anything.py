@@ -118,6 +118,7 @@ KEYS_OF = {"train/austen_duo": ["data", "tokenizer", "start", "length", "seed", 
 def test_a_value_of_a_run(place, name, case, value):
     parameters, values = read(name)
     key, verb = case.draw(st.sampled_from(KEYS_OF[name])), name.split("/")[0]
+    assert all(map(is_line, map(runs.printable, read_overrides([f"{key}={value}"], parameters)[1])))
     with refusals():
         problems = check(verb, values | {key: parameters[key].fit(value)}, place if verb == "train" else REPOSITORY)
         assert all(map(is_line, map(runs.printable, problems))), problems
