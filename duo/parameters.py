@@ -446,11 +446,12 @@ _AT_LEAST_ONE = ("length hidden_size n_blocks n_heads cond_dim batch_size device
                  "halve_every").split()
 RANGES = {key: (lambda v: v >= 1, "at least 1") for key in _AT_LEAST_ONE}
 RANGES |= {key: (lambda v: v >= 0, "at least 0") for key in "warmup_steps curriculum_steps weight_decay grad_clip compare synthetic_mb num_fewshot tau_hold lr_min valid_samples".split()}
-RANGES |= {"vocab_size": (lambda v: v >= 2, "at least 2"), "p_uniform": (lambda v: 0 < v < 1, "above 0, below 1"), "schedule_eps": (lambda v: 0 < v <= 0.05, "above 0, up to 0.05 (a bound does not count what is left at t = 1)"),
+RANGES |= {"vocab_size": (lambda v: v >= 2, "at least 2"), "p_uniform": (lambda v: 1e-6 <= v < 1, "from 1e-6, below 1"), "schedule_eps": (lambda v: 0 < v <= 0.05, "above 0, up to 0.05 (a bound does not count what is left at t = 1)"),
            "seed": (lambda v: 0 <= v < 2**63, "0 or more, below 2^63"), "t_last": (lambda v: 0 < v < 1, "above 0, below 1")}
 _MOST = max(64, os.cpu_count() or 1)
 RANGES |= {key: (lambda v: 1 <= v <= _MOST, f"from 1 to {_MOST} (this machine has {os.cpu_count()} cores)") for key in ("threads", "workers")}
-RANGES |= {key: (lambda v: v > 0, "above 0") for key in "lr tau tau_end delta delta_max temperature settled adam_eps".split()}
+RANGES |= {key: (lambda v: v > 0, "above 0") for key in "lr delta delta_max settled adam_eps".split()}
+RANGES |= {key: (lambda v: v >= 1e-30, "at least 1e-30, which float32 can divide by") for key in ("tau", "tau_end")} | {"temperature": (lambda v: 1e-6 <= v <= 1e6, "from 1e-6 to 1e6")}
 RANGES |= {key: (lambda v: 0 <= v < 1, "0 or more, below 1") for key in "dropout ema label_dropout t_min betas".split()}
 RANGES |= {key: (lambda v: 0 < v <= 1, "above 0, up to 1") for key in "top_p share".split()}
 
