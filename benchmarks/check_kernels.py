@@ -18,6 +18,7 @@ if DEVICE == "cpu":
 
 import duo.processes as processes
 from duo import kernels
+from duo.likelihood import score_scale
 from duo.processes import Absorbing, Hybrid, Uniform, nucleus
 
 ROWS = 512 if DEVICE == "cuda" else 7
@@ -126,17 +127,10 @@ def bounds(K, dtype, limit):
         table, bias = tables(K, dtype, gap=False)
         smooth = process.p_uniform > 0
         at = torch.arange(0, ROWS, 1 if smooth else 3, device=DEVICE)
-        arguments = score_arguments(process, x0[at], xt[at], alpha[at], slope[at])
-        shift = arguments[5][:, None]
+        levels = (1 / K, 0.0) if mask is None else (process.p_uniform / (K - 1), 1 - process.p_uniform)
+        shift = 0.0 if smooth else score_scale(process, alpha[at])[:, None]
         compare(f"score entropy, {name}", lambda z: plain_score(process, z - shift, x0[at], xt[at], alpha[at], slope[at]), (table[at], bias),
-                kernels.OPS["score"], (*arguments, mask if smooth and mask is not None else -1, smooth), limit, 1e-6)
-
-
-def score_arguments(process, x0, xt, alpha, slope):
-    """What the kernel of the score entropy is told of its rows."""
-    from duo.likelihood import _ScoreEntropyRows, score_scale
-    rows = _ScoreEntropyRows(process, x0, xt, alpha, slope, score_scale(process, alpha))
-    return x0, xt, rows.log_r[:, 0].contiguous(), rows.log_r[:, -1].contiguous(), rows.log_rest, rows.scale, rows.factor
+                kernels.OPS["score"], (x0[at], xt[at], alpha[at], slope[at], *levels, -1 if mask is None else mask, smooth), limit, 1e-6)
 
 
 def entropies(K, dtype, limit):

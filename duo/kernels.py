@@ -284,19 +284,33 @@ def _kl_row(table, bias, other, other_bias, stride, other_stride, loss, factor, 
             tl.store(table + j, v.to(table.dtype.element_ty), mask=j < K)
         tl.store(factor + row, 1.0)
 
-# %% ../nbs/04_kernels.ipynb #fa7a173b
+# %% ../nbs/04_kernels.ipynb #1f703629
 #| eval: false
 @jit
-def _score_row(table, bias, stride, x0, xt, log_r_x, log_r_m, log_rest, shift, weight, loss, factor, K: tl.constexpr, MASK: tl.constexpr,
+def _score_row(table, bias, stride, x0, xt, alpha, alpha_dot, loss, factor, K: tl.constexpr, PI: tl.constexpr, PI_M: tl.constexpr, MASK: tl.constexpr,
                SMOOTH: tl.constexpr, GRAD: tl.constexpr, BLOCK: tl.constexpr):
-    """One row of the score entropy Σ_{j ≠ xt} r_j φ(log s_j − log r_j), log s_j = logit − shift, in units of exp(log_rest), times `weight`.
-    log r is log_r_x at x0, log_r_m at the mask of a hybrid prior, log_rest elsewhere; without SMOOTH the others have r = 0 and cost s_j."""
+    """One row of the score entropy: r_j φ(log s_j − log r_j) summed over j ≠ xt, in units of the r of a symbol that is neither x0 nor the mask. Under a mask
+    prior (not SMOOTH) that r is 0, such a symbol costs s_j, and log s_j is logit − log((1 − α)/α) − log(K − 1)."""
     row = tl.program_id(0).to(tl.int64)
     table += row * stride
-    x, z, w = tl.load(x0 + row).to(tl.int32), tl.load(xt + row).to(tl.int32), tl.load(weight + row)
-    rest = tl.load(log_rest + row)
-    near = (tl.load(shift + row) + rest).to(tl.float32)
-    tiny = (tl.load(shift + row) + rest - near.to(tl.float64)).to(tl.float32)
+    x, z = tl.load(x0 + row).to(tl.int32), tl.load(xt + row).to(tl.int32)
+    a, slope = tl.load(alpha + row), tl.load(alpha_dot + row)
+    odds, w = tl.maximum(a, 1e-30) / tl.maximum(1 - a, 1e-30), -slope / tl.maximum(a, 1e-30)
+    SLOT: tl.constexpr = MASK if SMOOTH else -1
+    r_m, rest, shift = a * 0, a * 0, a * 0
+    if SMOOTH:
+        log_q = tl.log(tl.where(z == MASK, PI_M, PI) + tl.where(x == z, odds, 0.0))  # of q_t(z | x) / (1 − α)
+        r_x = tl.log(tl.where(x == MASK, PI_M, PI) + odds) - log_q
+        rest = tl.log(a * 0 + PI) - log_q
+        if MASK >= 0:
+            r_m = tl.log(a * 0 + PI_M) - log_q
+        w = w * tl.where(z == MASK, PI_M, PI) * tl.exp(rest)
+    else:
+        r_x = tl.log(odds)
+        shift = tl.log(a * 0 + (K - 1)) - r_x
+        w = tl.where(z == MASK, w, 0.0)
+    near = (shift + rest).to(tl.float32)
+    tiny = (shift + rest - near.to(tl.float64)).to(tl.float32)
     kind = table.dtype.element_ty
     if w == 0:
         tl.store(loss + row, 0.0)
@@ -306,14 +320,12 @@ def _score_row(table, bias, stride, x0, xt, log_r_x, log_r_m, log_rest, shift, w
                 j = start + tl.arange(0, BLOCK)
                 tl.store(table + j, tl.zeros((BLOCK,), kind), mask=j < K)
     else:
-        r_x = tl.load(log_r_x + row)
-        u_x = _at(table, bias, x).to(tl.float64) - tl.load(shift + row) - r_x
+        u_x = _at(table, bias, x).to(tl.float64) - shift - r_x
         share_x = tl.where(x == z, 0.0, tl.exp(r_x - rest))
         nats = share_x * _phi64(u_x)
-        if MASK >= 0:
-            r_m = tl.load(log_r_m + row)
-            u_m = _at(table, bias, MASK).to(tl.float64) - tl.load(shift + row) - r_m
-            share_m = tl.where(z == MASK, 0.0, tl.exp(r_m - rest))
+        if SLOT >= 0:
+            u_m = _at(table, bias, SLOT).to(tl.float64) - shift - r_m
+            share_m = tl.where(z == SLOT, 0.0, tl.exp(r_m - rest))
             nats += share_m * _phi64(u_m)
         terms = tl.zeros((BLOCK,), tl.float32)
         for start in range(0, K, BLOCK):
@@ -323,7 +335,7 @@ def _score_row(table, bias, stride, x0, xt, log_r_x, log_r_m, log_rest, shift, w
                 term = _phi32(u)
             else:
                 term = tl.exp(u)
-            free = (j < K) & (j != x) & (j != z) & (j != MASK)
+            free = (j < K) & (j != x) & (j != z) & (j != SLOT)
             terms += tl.where(free, term, 0.0)
             if GRAD:
                 if SMOOTH:
@@ -332,8 +344,8 @@ def _score_row(table, bias, stride, x0, xt, log_r_x, log_r_m, log_rest, shift, w
         nats += tl.sum(terms.to(tl.float64), 0)
         tl.store(loss + row, (nats * w).to(tl.float32))
         if GRAD:
-            if MASK >= 0:
-                tl.store(table + MASK, (share_m * _expm1(u_m)).to(tl.float32).to(kind))
+            if SLOT >= 0:
+                tl.store(table + SLOT, (share_m * _expm1(u_m)).to(tl.float32).to(kind))
             tl.store(table + x, (share_x * _expm1(u_x)).to(tl.float32).to(kind))
             if x != z:
                 tl.store(table + z, (w * 0).to(tl.float32).to(kind))
@@ -463,7 +475,7 @@ def _operator(name, schema, launch):
     outer.register_autograd(backward, setup_context=setup)
     OPS[name] = inner
 
-# %% ../nbs/04_kernels.ipynb #8d8c4ab0
+# %% ../nbs/04_kernels.ipynb #575308bf
 #| eval: false
 if triton is not None:
     def _launch_bound(table, bias, x0, xt, alpha, alpha_dot, pi, pi_m, mask, grad, loss, factor):
@@ -478,14 +490,14 @@ if triton is not None:
         K = table.shape[1]
         _kl_row[(len(table),)](table, bias, other, other_bias, table.stride(0), other.stride(0), loss, factor, K, forward, grad, **_block(K))
 
-    def _launch_score(table, bias, x0, xt, log_r_x, log_r_m, log_rest, shift, weight, mask, smooth, grad, loss, factor):
+    def _launch_score(table, bias, x0, xt, alpha, alpha_dot, pi, pi_m, mask, smooth, grad, loss, factor):
         K = table.shape[1]
-        _score_row[(len(table),)](table, bias, table.stride(0), x0, xt, log_r_x, log_r_m, log_rest, shift, weight, loss, factor, K, mask, smooth, grad, **_block(K))
+        _score_row[(len(table),)](table, bias, table.stride(0), x0, xt, alpha, alpha_dot, loss, factor, K, pi, pi_m, mask, smooth, grad, **_block(K))
 
     _operator("bound", "Tensor x0, Tensor xt, Tensor alpha, Tensor alpha_dot, float pi, float pi_m, int mask", _launch_bound)
     _operator("entropy", "Tensor target, Tensor scale, int skip", _launch_entropy)
     _operator("kl", "Tensor other, Tensor? other_bias, bool forward", _launch_kl)
-    _operator("score", "Tensor x0, Tensor xt, Tensor log_r_x, Tensor log_r_m, Tensor log_rest, Tensor shift, Tensor weight, int mask, bool smooth", _launch_score)
+    _operator("score", "Tensor x0, Tensor xt, Tensor alpha, Tensor alpha_dot, float pi, float pi_m, int mask, bool smooth", _launch_score)
 
 # %% ../nbs/04_kernels.ipynb #bec1c5ac
 #| eval: false

@@ -338,20 +338,20 @@ def _head_pass(settings, hidden, weight, bias, weights, need):
     "Loss (n,), and for those needed: d loss_i / d hidden_i, and d Σ weights_i loss_i / d weight, / d bias. Logits exist for one chunk."
     rows, chunk, dtype = settings
     n, K, wide, w = len(hidden), len(weight), _wide(hidden.dtype), _aligned(weight.to(dtype))
-    loss, factor = hidden.new_empty(n, dtype=wide), hidden.new_empty(n, dtype=wide)
+    loss, factor, low = hidden.new_empty(n, dtype=wide), hidden.new_empty(n, dtype=wide), hidden.to(dtype)
     g_h = torch.empty_like(hidden) if need[0] else None
     g_w = torch.zeros_like(w, dtype=wide) if need[1] else None
     g_b = torch.zeros_like(bias, dtype=wide) if need[2] else None
     buffer = hidden.new_empty(min(chunk, n), len(w), dtype=dtype)
     fill = _fill_rows if getattr(rows, "whole", False) else _fill_blocks
     for a in range(0, n, chunk):
-        h = hidden[a:a + chunk].to(dtype)
+        h = low[a:a + chunk]
         logits = torch.mm(h, w.t(), out=buffer[:len(h)])
         fill(rows, logits[:, :K], bias, a, loss, factor, any(need))
         f = factor[a:a + chunk]
         if need[0]: torch.mul(logits @ w, f[:, None], out=g_h[a:a + chunk])
         if any(need[1:]): f = f * weights[a:a + chunk]
-        if need[1]: _add_product(g_w, logits, (h * f[:, None]).to(dtype))
+        if need[1]: _add_product(g_w, logits, torch.mul(h, f[:, None], out=torch.empty_like(h)))
         if need[2]: g_b += torch.mv(logits.t(), f.to(dtype))[:K]
     return loss, g_h, None if g_w is None else g_w[:K], g_b
 
@@ -571,12 +571,6 @@ class _ScoreEntropyRows:
         self.slot, self.log_r = torch.stack(slots, 1), torch.stack(log_r, 1)                          # the columns with their own r
         self.log_rest = math.log(process.p_uniform / (K - (m is not None))) - log_q if self.smooth else torch.zeros_like(log_q)
         self.factor = -alpha_dot / alpha.clamp(min=1e-30) * process.prior_at(xt) * self.log_rest.exp()
-        self.x0, self.mask = x0, m if self.smooth and m is not None else -1
-
-    def kernel(self, kernels):
-        "The same as one kernel, for an accelerator."
-        columns = [self.log_r[:, k].contiguous() for k in (0, -1)]
-        return kernels.Rows("score", (self.x0, self.z.squeeze(1), *columns, self.log_rest, self.scale, self.factor), self.mask, self.smooth)
 
     def __call__(self, table, i, grad):
         "As `_ScoreRows.__call__`."
@@ -613,8 +607,9 @@ def linear_score_nelbo(process, hidden, weight, bias, x0, xt, alpha, alpha_dot, 
     a, a_dot, x, z, w = _per_token(alpha, x0), _per_token(alpha_dot, x0), x0.reshape(-1), xt.reshape(-1), _flat(weights, x0)
     flat = hidden.reshape(-1, hidden.shape[-1])
     if (kernels := _kernels(flat)):
-        rows = _ScoreEntropyRows(process, x, z, a, a_dot, score_scale(process, a))
-        return _fused(rows.kernel(kernels), flat, weight, bias, w, chunk, promised).reshape(x0.shape)
+        pi, pi_m, mask = _levels_of_prior(process)
+        rows = kernels.Rows("score", (x, z, a, a_dot), pi, pi_m or 0.0, -1 if mask is None else mask, process.p_uniform > 0)
+        return _fused(rows, flat, weight, bias, w, chunk, promised).reshape(x0.shape)
     i = _counted(process, z)
     rows = _ScoreEntropyRows(process, x[i], z[i], a[i], a_dot[i], score_scale(process, a[i]))
     loss = _fused(rows, flat.index_select(0, i), weight, bias, None if w is None else w[i], chunk)

@@ -319,6 +319,12 @@ def _by_kernel(logits, asked, K, hidden, z, pi_z, t, top_p, generator):
         yield i, _kernels(z).draw(table, None, z[i], pi_z[i], t[i], seed, -1 if hidden is None else hidden, float(top_p))
 
 
+def _levels(z, shape, *levels):
+    "Levels in float64: (n,) each for the tokens z (n,), or where all are numbers without a dimension, on the CPU, so that a device has nothing to do."
+    if all(isinstance(v, (int, float)) for v in levels): return [torch.tensor(v, dtype=torch.float64, device="cpu") for v in levels]
+    return [_f64(v, z).expand(shape).reshape(-1) for v in levels]
+
+
 @_method
 @torch.no_grad()
 def draw(self, logits, xt, alpha_s, alpha_t, kappa=1.0, top_p=1.0, generator=None, where=None):
@@ -339,19 +345,22 @@ def draw(self, logits, xt, alpha_s, alpha_t, kappa=1.0, top_p=1.0, generator=Non
             raise ValueError(f"logits must have shape {(*xt.shape, self.vocab_size)}, got {tuple(logits.shape)}")
         logits = logits.reshape(-1, self.vocab_size)
     z = xt.reshape(-1).long()
-    s, t, k = (_f64(v, xt).expand(xt.shape).reshape(-1) for v in (alpha_s, alpha_t, kappa))
+    s, t, k = _levels(z, xt.shape, alpha_s, alpha_t, kappa)
     (still_keep, _, _), (hit_keep, hit_model, _) = _fates(s, t, k)
     pi_z, model_end = self.prior_at(z), hit_keep + hit_model
-    low = torch.where(pi_z > 0, hit_keep, still_keep)
-    surely_hit = (z == self.mask_id) | (t == 0) if self.hides_mask else t == 0
-    high = torch.where(surely_hit, model_end, still_keep)
     u = torch.rand(z.shape, dtype=torch.float64, generator=generator, device=z.device)
-    out = torch.where(u < low, z, self.sample_prior(z.shape, generator, z.device))
-    asked = (u >= low) & (u < high)
+    still, hit, named = (u < (v.item() if v.dim() == 0 else v) for v in (still_keep, hit_keep, model_end))
+    everywhere = self.mask_id is None or 0 < self.p_uniform < 1  # every symbol may be noise
+    low = hit if everywhere else torch.where(pi_z > 0, hit, still)
+    t = t if t.dim() else torch.full_like(u, t.item())
+    surely_hit = (z == self.mask_id) | (t == 0) if self.hides_mask else t == 0
+    high = torch.where(surely_hit, named, still)
+    out = torch.where(low, z, self.sample_prior(z.shape, generator, z.device))
+    asked = ~low & high
     if where is not None:
         asked, out = asked & where.reshape(-1), torch.where(where.reshape(-1), out, z)
     asked = asked.nonzero()[:, 0]
     draw_clean = _by_kernel if _kernels(z) else _by_blocks
     for i, token in draw_clean(logits, asked, self.vocab_size, self.mask_id if self.hides_mask else None, z, pi_z, t, top_p, generator):
-        out[i] = torch.where(token < 0, z[i], torch.where(u[i] < model_end[i], token, out[i]))
+        out[i] = torch.where(token < 0, z[i], torch.where(named[i], token, out[i]))
     return out.view(xt.shape)
