@@ -753,12 +753,12 @@ class _Loaders(L.LightningDataModule):
 
     def train_dataloader(self):
         """Rows of the training order that are this rank's."""
-        return DataLoader(Steps(self.batches, self.start, self.stop, self.b, self.trainer.global_rank, self.trainer.world_size), batch_size=None)
+        return DataLoader(Steps(self.batches, self.start, self.stop, self.b, self.trainer.global_rank, self.trainer.world_size), batch_size=None, pin_memory=torch.cuda.is_available())
 
     def val_dataloader(self):
         """Held-out rows that are this rank's."""
         rows, more = self.valid if isinstance(self.valid, tuple) else (self.valid, {})
-        return DataLoader(HeldOut(rows, self.batches.batch_size, self.b, self.trainer.global_rank, self.trainer.world_size, more), batch_size=None)
+        return DataLoader(HeldOut(rows, self.batches.batch_size, self.b, self.trainer.global_rank, self.trainer.world_size, more), batch_size=None, pin_memory=torch.cuda.is_available())
 
 
 @contextlib.contextmanager
