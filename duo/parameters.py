@@ -1031,7 +1031,7 @@ def check_bench(params):
 
     from duo.dit import DiTConfig
 
-    out = [f"rehearse: given {shown(pattern)}; allowed: parameter files, as train/owt_*" for pattern in params["rehearse"] or ()
+    out = [f"rehearse: given {shown(pattern)}; allowed: parameter files, as train/owt_*" for pattern in params.get("rehearse") or ()
            if not list((find_root() / "parameters").glob(f"{pattern}.yaml"))]
     if params["device"] == "cuda" and not torch.cuda.is_available():
         out.append("device: given cuda, but torch sees no GPU on this machine; allowed here: cpu")
