@@ -165,7 +165,7 @@ train({str(folder['killed'])!r}, "fsdp", Deadly)"""
     with capsys.disabled():
         print("\nlargest difference of a loss, and of a weight\n" + "\n".join(f"  {loss:.1e}  {weight:.1e}  {what}" for what, loss, weight in rows))
     for what, loss, weight in rows:
-        assert loss < 1e-5 and weight < 1e-4, what
+        assert loss < 1e-5 and weight < 1e-3, what  # of a weight a tenth of one step: Adam makes whole steps of gradients that are nothing but rounding
     # as many processes as before: the same bits, but for the mean of training losses, which they sum in another order after a resume
     assert weights_apart(folder["writing"], folder["fsdp"]) == 0 and torch.equal(curves["writing"][:, 2], curves["fsdp"][:, 2])
 
