@@ -56,6 +56,9 @@ def execute(job):
     try:
         for i, cell in enumerate(cell for cell in notebook.cells if cell.cell_type == "code"):
             exec(compile(cell.source, f"{job.target}, code cell {i}", "exec"), space)
+    except SystemExit as end:  # a notebook that is done before its last cell, as papermill sees it
+        if end.code:
+            raise
     finally:
         plt.close("all")
         torch.set_num_threads(threads)
