@@ -42,7 +42,7 @@ def train(folder, strategy="auto", kind=Batches):
 
     text = pack(documents("austen"), tokenizer("char"), 32)
     module = Training(DiTConfig(81, 32, 2, 2, 16), "duo", vocab_size=81, schedule=LogLinear(), curriculum=Curriculum(3, 1e-3, 6), batch_size=8, max_steps=12,
-                      lr=1e-2, warmup_steps=3, ema=0.9, seed=3)
+                      lr=1e-2, warmup_steps=3, ema=0.9, seed=3, adam_eps=1e-6)
 
     def look(step, first):
         model = Model(module.ema, "duo", LogLinear(), tokenizer("char"), 32)
@@ -165,7 +165,7 @@ train({str(folder['killed'])!r}, "fsdp", Deadly)"""
     with capsys.disabled():
         print("\nlargest difference of a loss, and of a weight\n" + "\n".join(f"  {loss:.1e}  {weight:.1e}  {what}" for what, loss, weight in rows))
     for what, loss, weight in rows:
-        assert loss < 1e-5 and weight < 1e-3, what  # of a weight a tenth of one step: Adam makes whole steps of gradients that are nothing but rounding
+        assert loss < 1e-5 and weight < 1e-5, what
     # as many processes as before: the same bits, but for the mean of training losses, which they sum in another order after a resume
     assert weights_apart(folder["writing"], folder["fsdp"]) == 0 and torch.equal(curves["writing"][:, 2], curves["fsdp"][:, 2])
 

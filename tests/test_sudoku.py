@@ -87,7 +87,7 @@ def test_a_grader_that_knows_nothing_of_the_solution():
 
 
 REFUSED = [
-    ("puzzles/sudoku6", ["box_rows=5", "box_columns=4"], "box_rows: given 5 x 4 cells in a box; allowed: from 5"),
+    ("puzzles/sudoku6", ["box_rows=5", "box_columns=4"], "box_rows: given 5 x 4 cells in a box; allowed: from 5, below which no puzzle is hard, to 12, above which a puzzle takes minutes to find"),
     ("puzzles/sudoku6", ["copies=0"], "copies: given 0; allowed: at least 1"),
     ("train/sudoku6_duo", ["length=30"], "line 1 has 36 tokens; allowed: length=30"),
     ("train/sudoku6_ar", ["length=36", "data={folder}/prompt"], "line 1 has 73 tokens; allowed: length=36"),
