@@ -103,9 +103,9 @@ def compare(what, loss, inputs, operator, arguments, limit, near=None, kept=0.0)
     table, bias = inputs
     logits = (table.float() + bias.float()).double()
     (wanted, gradient), (value, slope) = differentiated(loss, logits), differentiated(near or loss, rounded(logits))
-    work = table.clone()
-    found, factor = operator(work, bias, *arguments, True)
-    alone, _ = operator(table.clone(), bias, *arguments, False)
+    work, (found, factor, alone) = table.clone(), torch.full((3, len(table)), float("nan"), device=DEVICE)
+    operator(work, bias, *arguments, True, found, factor)
+    operator(table.clone(), bias, *arguments, False, alone, torch.empty_like(alone))
     line(what + f", {table.dtype}".replace("torch.", ""), apart(found, wanted, value), apart(alone, found.double()), limit=1e-5)
     line("     its gradient", apart(work.double() * factor[:, None], gradient, slope, kept), limit=limit)
 

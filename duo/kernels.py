@@ -61,10 +61,10 @@ def _log_ratio(c, p):
     "log((1 + c p) / (1 + c)) of float64."
     return _log1p(c * p) - _log1p(c)
 
-# %% ../nbs/04_kernels.ipynb #aac16801
+# %% ../nbs/04_kernels.ipynb #f2b1064d
 #| eval: false
 @jit
-def _read(table, bias, j, K: tl.constexpr, SKIP: tl.constexpr):
+def _columns(table, bias, j, K: tl.constexpr, SKIP: tl.constexpr):
     "The logits of the columns j in float32, bias added; −inf beyond the end and at the column SKIP."
     logit = tl.load(table + j, mask=j < K, other=float("-inf")).to(tl.float32)
     if bias is not None:
@@ -96,7 +96,7 @@ def _fold(top, total, logit, counts):
     shift = _finite(new)
     return new, total * tl.exp(top - shift) + tl.where(counts, tl.exp(logit - shift), 0.0)
 
-# %% ../nbs/04_kernels.ipynb #b9caecc6
+# %% ../nbs/04_kernels.ipynb #a5d1b73f
 #| eval: false
 @jit
 def _bound_row(table, bias, stride, x0, xt, alpha, alpha_dot, loss, factor, K: tl.constexpr, PI: tl.constexpr, PI_M: tl.constexpr,
@@ -113,7 +113,7 @@ def _bound_row(table, bias, stride, x0, xt, alpha, alpha_dot, loss, factor, K: t
     tops, sums = tl.full((BLOCK,), float("-inf"), tl.float32), tl.zeros((BLOCK,), tl.float32)
     for start in range(0, K, BLOCK):
         j = start + tl.arange(0, BLOCK)
-        tops, sums = _fold(tops, sums, _read(table, bias, j, K, -1), (j != x) & (j != z) & (j != MASK))
+        tops, sums = _fold(tops, sums, _columns(table, bias, j, K, -1), (j != x) & (j != z) & (j != MASK))
     top = tl.max(tops, 0)
     S = tl.sum((sums * tl.exp(tops - top)).to(tl.float64), 0)
     q_x, q_z = tl.exp((_at(table, bias, x) - top).to(tl.float64)), tl.exp((_at(table, bias, z) - top).to(tl.float64))
@@ -133,7 +133,7 @@ def _bound_row(table, bias, stride, x0, xt, alpha, alpha_dot, loss, factor, K: t
     places = tl.full((BLOCK,), K, tl.int32)
     for start in range(0, K, BLOCK):
         j = start + tl.arange(0, BLOCK)
-        logit = _read(table, bias, j, K, -1)
+        logit = _columns(table, bias, j, K, -1)
         if GRAD:
             places = tl.minimum(places, tl.where(logit == top, j, K))
         y = tl.where((j == x) | (j == z) | (j == MASK), 0.0, scale * tl.exp(logit - top))
@@ -191,7 +191,7 @@ def _bound_row(table, bias, stride, x0, xt, alpha, alpha_dot, loss, factor, K: t
         taken = tl.zeros((BLOCK,), tl.float32)
         for start in range(0, K, BLOCK):
             j = start + tl.arange(0, BLOCK)
-            y = scale * tl.exp(_read(table, bias, j, K, -1) - top)
+            y = scale * tl.exp(_columns(table, bias, j, K, -1) - top)
             h = y / (1 + y)
             v = ((1 + b) * (y * h) + b * h + d * y).to(kind)
             free = (j < K) & (j != x) & (j != z) & (j != MASK) & (j != place)
@@ -205,8 +205,19 @@ def _bound_row(table, bias, stride, x0, xt, alpha, alpha_dot, loss, factor, K: t
         tl.store(table + place, (-rest).to(tl.float32).to(kind))
         tl.store(factor + row, (PI * r * rate).to(tl.float32))
 
-# %% ../nbs/04_kernels.ipynb #09ccf09e
+# %% ../nbs/04_kernels.ipynb #21018833
 #| eval: false
+@jit
+def _free_row(table, loss, factor, row, K: tl.constexpr, GRAD: tl.constexpr, BLOCK: tl.constexpr):
+    "A row that costs nothing: loss 0, and with GRAD a gradient of 0."
+    tl.store(loss + row, 0.0)
+    if GRAD:
+        tl.store(factor + row, 0.0)
+        for start in range(0, K, BLOCK):
+            j = start + tl.arange(0, BLOCK)
+            tl.store(table + j, tl.zeros((BLOCK,), table.dtype.element_ty), mask=j < K)
+
+
 @jit
 def _entropy_row(table, bias, stride, target, scale, loss, factor, K: tl.constexpr, SKIP: tl.constexpr, GRAD: tl.constexpr, BLOCK: tl.constexpr):
     "One row of scale·(−log softmax(row)[target]); the column SKIP counts as −inf. With GRAD the row becomes softmax − one-hot."
@@ -214,18 +225,13 @@ def _entropy_row(table, bias, stride, target, scale, loss, factor, K: tl.constex
     table += row * stride
     t, weight = tl.load(target + row).to(tl.int32), tl.load(scale + row)
     kind = table.dtype.element_ty
-    if weight == 0:  # the row costs nothing
-        tl.store(loss + row, 0.0)
-        if GRAD:
-            tl.store(factor + row, 0.0)
-            for start in range(0, K, BLOCK):
-                j = start + tl.arange(0, BLOCK)
-                tl.store(table + j, tl.zeros((BLOCK,), kind), mask=j < K)
+    if weight == 0:
+        _free_row(table, loss, factor, row, K, GRAD, BLOCK)
     else:
         tops, sums = tl.full((BLOCK,), float("-inf"), tl.float32), tl.zeros((BLOCK,), tl.float32)
         for start in range(0, K, BLOCK):
             j = start + tl.arange(0, BLOCK)
-            tops, sums = _fold(tops, sums, _read(table, bias, j, K, SKIP), j != t)
+            tops, sums = _fold(tops, sums, _columns(table, bias, j, K, SKIP), j != t)
         top = tl.max(tops, 0)
         rest = tl.sum((sums * tl.exp(tops - top)).to(tl.float64), 0)
         gap = (top - _at(table, bias, t)).to(tl.float64)
@@ -237,12 +243,12 @@ def _entropy_row(table, bias, stride, target, scale, loss, factor, K: tl.constex
             inverse = (1 / (rest + p_t)).to(tl.float32)
             for start in range(0, K, BLOCK):
                 j = start + tl.arange(0, BLOCK)
-                p = tl.exp(_read(table, bias, j, K, SKIP) - top) * inverse
+                p = tl.exp(_columns(table, bias, j, K, SKIP) - top) * inverse
                 tl.store(table + j, p.to(kind), mask=(j < K) & (j != t))
             tl.store(table + t, (-(rest / (rest + p_t))).to(tl.float32).to(kind))
             tl.store(factor + row, weight.to(tl.float32))
 
-# %% ../nbs/04_kernels.ipynb #ee5d82d3
+# %% ../nbs/04_kernels.ipynb #eaac7b7a
 #| eval: false
 @jit
 def _kl_row(table, bias, other, other_bias, stride, other_stride, loss, factor, K: tl.constexpr, FORWARD: tl.constexpr, GRAD: tl.constexpr, BLOCK: tl.constexpr):
@@ -254,16 +260,16 @@ def _kl_row(table, bias, other, other_bias, stride, other_stride, loss, factor, 
     tops_q, sums_q = tops_p, sums_p
     for start in range(0, K, BLOCK):
         j = start + tl.arange(0, BLOCK)
-        tops_p, sums_p = _fold(tops_p, sums_p, _read(table, bias, j, K, -1), j < K)
-        tops_q, sums_q = _fold(tops_q, sums_q, _read(other, other_bias, j, K, -1), j < K)
+        tops_p, sums_p = _fold(tops_p, sums_p, _columns(table, bias, j, K, -1), j < K)
+        tops_q, sums_q = _fold(tops_q, sums_q, _columns(other, other_bias, j, K, -1), j < K)
     top_p, top_q = tl.max(tops_p, 0), tl.max(tops_q, 0)
     log_Z_p = tl.log(tl.sum((sums_p * tl.exp(tops_p - top_p)).to(tl.float64), 0)).to(tl.float32)
     log_Z_q = tl.log(tl.sum((sums_q * tl.exp(tops_q - top_q)).to(tl.float64), 0)).to(tl.float32)
     terms = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, K, BLOCK):
         j = start + tl.arange(0, BLOCK)
-        log_p = _read(table, bias, j, K, -1) - top_p - log_Z_p
-        log_q = _read(other, other_bias, j, K, -1) - top_q - log_Z_q
+        log_p = _columns(table, bias, j, K, -1) - top_p - log_Z_p
+        log_q = _columns(other, other_bias, j, K, -1) - top_q - log_Z_q
         if FORWARD:
             log_p, log_q = log_q, log_p
         u = log_q - log_p
@@ -275,8 +281,8 @@ def _kl_row(table, bias, other, other_bias, stride, other_stride, loss, factor, 
         kl = nats.to(tl.float32)
         for start in range(0, K, BLOCK):
             j = start + tl.arange(0, BLOCK)
-            log_p = _read(table, bias, j, K, -1) - top_p - log_Z_p
-            log_q = _read(other, other_bias, j, K, -1) - top_q - log_Z_q
+            log_p = _columns(table, bias, j, K, -1) - top_p - log_Z_p
+            log_q = _columns(other, other_bias, j, K, -1) - top_q - log_Z_q
             if FORWARD:
                 v = tl.exp(log_p) - tl.exp(log_q)
             else:
@@ -284,7 +290,7 @@ def _kl_row(table, bias, other, other_bias, stride, other_stride, loss, factor, 
             tl.store(table + j, v.to(table.dtype.element_ty), mask=j < K)
         tl.store(factor + row, 1.0)
 
-# %% ../nbs/04_kernels.ipynb #1f703629
+# %% ../nbs/04_kernels.ipynb #2b195e15
 #| eval: false
 @jit
 def _score_row(table, bias, stride, x0, xt, alpha, alpha_dot, loss, factor, K: tl.constexpr, PI: tl.constexpr, PI_M: tl.constexpr, MASK: tl.constexpr,
@@ -313,12 +319,7 @@ def _score_row(table, bias, stride, x0, xt, alpha, alpha_dot, loss, factor, K: t
     tiny = (shift + rest - near.to(tl.float64)).to(tl.float32)
     kind = table.dtype.element_ty
     if w == 0:
-        tl.store(loss + row, 0.0)
-        if GRAD:
-            tl.store(factor + row, 0.0)
-            for start in range(0, K, BLOCK):
-                j = start + tl.arange(0, BLOCK)
-                tl.store(table + j, tl.zeros((BLOCK,), kind), mask=j < K)
+        _free_row(table, loss, factor, row, K, GRAD, BLOCK)
     else:
         u_x = _at(table, bias, x).to(tl.float64) - shift - r_x
         share_x = tl.where(x == z, 0.0, tl.exp(r_x - rest))
@@ -330,7 +331,7 @@ def _score_row(table, bias, stride, x0, xt, alpha, alpha_dot, loss, factor, K: t
         terms = tl.zeros((BLOCK,), tl.float32)
         for start in range(0, K, BLOCK):
             j = start + tl.arange(0, BLOCK)
-            u = _read(table, bias, j, K, -1) - near - tiny
+            u = _columns(table, bias, j, K, -1) - near - tiny
             if SMOOTH:
                 term = _phi32(u)
             else:
@@ -351,7 +352,7 @@ def _score_row(table, bias, stride, x0, xt, alpha, alpha_dot, loss, factor, K: t
                 tl.store(table + z, (w * 0).to(tl.float32).to(kind))
             tl.store(factor + row, w.to(tl.float32))
 
-# %% ../nbs/04_kernels.ipynb #951f2d7a
+# %% ../nbs/04_kernels.ipynb #905d1955
 #| eval: false
 @jit
 def _uniform(seed, n):
@@ -366,10 +367,10 @@ def _uniform(seed, n):
 @jit
 def _weights(table, bias, top, bar, bar_at, j, K: tl.constexpr, SKIP: tl.constexpr):
     "exp(logit − top) of the columns j in float64, 0 for those that are not ahead of (bar, bar_at): heavier, or as heavy and earlier."
-    w = tl.exp(_read(table, bias, j, K, SKIP) - top)
+    w = tl.exp(_columns(table, bias, j, K, SKIP) - top)
     return tl.where((w > bar) | ((w == bar) & (j < bar_at)), w, 0.0).to(tl.float64)
 
-# %% ../nbs/04_kernels.ipynb #d35cc947
+# %% ../nbs/04_kernels.ipynb #707a9176
 #| eval: false
 @jit
 def _draw_row(table, bias, stride, xt, prior, alpha, seed, token, K: tl.constexpr, SKIP: tl.constexpr, TOP_P: tl.constexpr, BLOCK: tl.constexpr):
@@ -380,7 +381,7 @@ def _draw_row(table, bias, stride, xt, prior, alpha, seed, token, K: tl.constexp
     z, pi, t, key = tl.load(xt + row), tl.load(prior + row), tl.load(alpha + row), tl.load(seed + row)
     tops = tl.full((BLOCK,), float("-inf"), tl.float32)
     for start in range(0, K, BLOCK):
-        tops = tl.maximum(tops, _read(table, bias, start + tl.arange(0, BLOCK), K, SKIP))
+        tops = tl.maximum(tops, _columns(table, bias, start + tl.arange(0, BLOCK), K, SKIP))
     top = tl.max(tops, 0)
     bar, bar_at = tl.full((), 0.0, tl.float32), row * 0  # every token of weight above 0 is ahead
     z_weight = tl.exp(_at(table, bias, z) - top)
@@ -435,78 +436,89 @@ def _block(K):
 
 OPS = {}
 
-# %% ../nbs/04_kernels.ipynb #32e93035
+# %% ../nbs/04_kernels.ipynb #05bb29f6
 #| eval: false
 def _operator(name, schema, launch):
-    """Registers `duo::NAME_(Tensor(a!) table, Tensor? bias, SCHEMA, bool grad) -> (loss, factor)`, which with `grad` overwrites the rows of `table` by their gradient
-    over `factor`, and `duo::NAME(the same without grad) -> loss`, which leaves the table and has an autograd; both with their fakes."""
+    """Registers two operators of torch. `duo::NAME_(table, bias, SCHEMA, grad, loss, factor)` fills `loss` (n,) float32, and with `grad` overwrites the rows of `table`
+    by their gradient over `factor`. `duo::NAME(table, bias, SCHEMA) -> loss` leaves the table as it is and has an autograd. Both have their fakes."""
     arguments = f"Tensor? bias, {schema}"
 
-    def in_place(table, bias, *rest):
-        loss, factor = table.new_empty(len(table), dtype=torch.float32), table.new_empty(len(table), dtype=torch.float32)
+    def fill(table, bias, *rest):
         if len(table):
-            launch(table, bias, *rest, loss, factor)
-        return loss, factor
+            launch(table, bias, *rest)
 
-    def fake(table, bias, *rest):
-        return table.new_empty(len(table), dtype=torch.float32), table.new_empty(len(table), dtype=torch.float32)
+    inner = torch.library.custom_op(f"duo::{name}_", fill, mutates_args=("table", "loss", "factor"),
+                                    schema=f"(Tensor(a!) table, {arguments}, bool grad, Tensor(b!) loss, Tensor(c!) factor) -> ()")
+    inner.register_fake(lambda *arguments: None)
 
-    inner = torch.library.custom_op(f"duo::{name}_", in_place, mutates_args=("table",), schema=f"(Tensor(a!) table, {arguments}, bool grad) -> (Tensor, Tensor)")
-    inner.register_fake(fake)
+    def lone(table, bias, *rest):
+        loss = table.new_empty(len(table), dtype=torch.float32)
+        inner(table.clone(), bias, *rest, False, loss, torch.empty_like(loss))
+        return loss
 
-    def functional(table, bias, *rest):
-        return inner(table.clone(), bias, *rest, False)[0]
-
-    outer = torch.library.custom_op(f"duo::{name}", functional, mutates_args=(), schema=f"(Tensor table, {arguments}) -> Tensor")
-    outer.register_fake(lambda table, bias, *rest: fake(table, bias)[0])
-
-    def setup(ctx, inputs, output):
-        ctx.save_for_backward(*(v for v in inputs if isinstance(v, torch.Tensor)))
-        ctx.inputs = [None if isinstance(v, torch.Tensor) else (v,) for v in inputs]
-
-    def backward(ctx, upstream):
-        saved = iter(ctx.saved_tensors)
-        table, bias, *rest = (next(saved) if v is None else v[0] for v in ctx.inputs)
-        table = table.clone()
-        _, factor = inner(table, bias, *rest, True)
-        table = table * (factor * upstream)[:, None]
-        return table.to(ctx.saved_tensors[0].dtype), None if bias is None else table.sum(0).to(bias.dtype), *[None] * len(rest)
-
-    outer.register_autograd(backward, setup_context=setup)
+    outer = torch.library.custom_op(f"duo::{name}", lone, mutates_args=(), schema=f"(Tensor table, {arguments}) -> Tensor")
+    outer.register_fake(lambda table, *rest: table.new_empty(len(table), dtype=torch.float32))
+    outer.register_autograd(_backward(inner), setup_context=_keep)
     OPS[name] = inner
 
-# %% ../nbs/04_kernels.ipynb #575308bf
+
+def _keep(ctx, inputs, output):
+    "Remembers an operator's arguments for its backward pass."
+    ctx.save_for_backward(*(v for v in inputs if isinstance(v, torch.Tensor)))
+    ctx.inputs = [None if isinstance(v, torch.Tensor) else (v,) for v in inputs]
+
+
+def _backward(inner):
+    "The backward pass of the operator that `inner` fills: the gradients of the table and of the bias."
+    def backward(ctx, upstream):
+        "The gradient over the table is computed anew, on a copy."
+        saved = iter(ctx.saved_tensors)
+        table, bias, *rest = (next(saved) if v is None else v[0] for v in ctx.inputs)
+        work, factor = table.clone(), torch.empty_like(upstream)
+        inner(work, bias, *rest, True, torch.empty_like(upstream), factor)
+        grad = work * (factor * upstream)[:, None]
+        return grad.to(table.dtype), None if bias is None else grad.sum(0).to(bias.dtype), *[None] * len(rest)
+    return backward
+
+# %% ../nbs/04_kernels.ipynb #070227c0
 #| eval: false
+def _launch_bound(table, bias, x0, xt, alpha, alpha_dot, pi, pi_m, mask, grad, loss, factor):
+    K = table.shape[1]
+    _bound_row[(len(table),)](table, bias, table.stride(0), x0, xt, alpha, alpha_dot, loss, factor, K, pi, pi_m, mask, grad, **_block(K))
+
+
+def _launch_entropy(table, bias, target, scale, skip, grad, loss, factor):
+    K = table.shape[1]
+    _entropy_row[(len(table),)](table, bias, table.stride(0), target, scale, loss, factor, K, skip, grad, **_block(K))
+
+
+def _launch_kl(table, bias, other, other_bias, forward, grad, loss, factor):
+    K = table.shape[1]
+    _kl_row[(len(table),)](table, bias, other, other_bias, table.stride(0), other.stride(0), loss, factor, K, forward, grad, **_block(K))
+
+
+def _launch_score(table, bias, x0, xt, alpha, alpha_dot, pi, pi_m, mask, smooth, grad, loss, factor):
+    K = table.shape[1]
+    _score_row[(len(table),)](table, bias, table.stride(0), x0, xt, alpha, alpha_dot, loss, factor, K, pi, pi_m, mask, smooth, grad, **_block(K))
+
+
 if triton is not None:
-    def _launch_bound(table, bias, x0, xt, alpha, alpha_dot, pi, pi_m, mask, grad, loss, factor):
-        K = table.shape[1]
-        _bound_row[(len(table),)](table, bias, table.stride(0), x0, xt, alpha, alpha_dot, loss, factor, K, pi, pi_m, mask, grad, **_block(K))
-
-    def _launch_entropy(table, bias, target, scale, skip, grad, loss, factor):
-        K = table.shape[1]
-        _entropy_row[(len(table),)](table, bias, table.stride(0), target, scale, loss, factor, K, skip, grad, **_block(K))
-
-    def _launch_kl(table, bias, other, other_bias, forward, grad, loss, factor):
-        K = table.shape[1]
-        _kl_row[(len(table),)](table, bias, other, other_bias, table.stride(0), other.stride(0), loss, factor, K, forward, grad, **_block(K))
-
-    def _launch_score(table, bias, x0, xt, alpha, alpha_dot, pi, pi_m, mask, smooth, grad, loss, factor):
-        K = table.shape[1]
-        _score_row[(len(table),)](table, bias, table.stride(0), x0, xt, alpha, alpha_dot, loss, factor, K, pi, pi_m, mask, smooth, grad, **_block(K))
-
     _operator("bound", "Tensor x0, Tensor xt, Tensor alpha, Tensor alpha_dot, float pi, float pi_m, int mask", _launch_bound)
     _operator("entropy", "Tensor target, Tensor scale, int skip", _launch_entropy)
     _operator("kl", "Tensor other, Tensor? other_bias, bool forward", _launch_kl)
     _operator("score", "Tensor x0, Tensor xt, Tensor alpha, Tensor alpha_dot, float pi, float pi_m, int mask, bool smooth", _launch_score)
 
-# %% ../nbs/04_kernels.ipynb #bec1c5ac
+# %% ../nbs/04_kernels.ipynb #a460965b
 #| eval: false
 if triton is not None:
     @torch.library.custom_op("duo::draw", mutates_args=())
     def draw(table: torch.Tensor, bias: torch.Tensor | None, xt: torch.Tensor, prior: torch.Tensor, alpha: torch.Tensor, seed: torch.Tensor,
              skip: int, top_p: float) -> torch.Tensor:
-        token = torch.empty_like(xt)
-        K = table.shape[1]
+        """x_0 ~ q(x_0 | xt, x_θ), (n,) int64, for rows of logits `table` (n, K), float32 or bfloat16; −1 stands for "still xt".
+
+        xt (n,) int64; prior π(xt) and alpha α_t (n,) float64; seed (n,) int64, random; the column `skip` counts as −∞ (−1: none); `top_p` is the nucleus of x_θ.
+        """
+        token, K = torch.empty_like(xt), table.shape[1]
         if len(table):
             _draw_row[(len(table),)](table, bias, table.stride(0), xt, prior, alpha, seed, token, K, skip, top_p, **{**_block(K), "BLOCK": min(2048, triton.next_power_of_2(K))})
         return token
@@ -515,7 +527,7 @@ if triton is not None:
     def _(table, bias, xt, prior, alpha, seed, skip, top_p):
         return torch.empty_like(xt)
 
-# %% ../nbs/04_kernels.ipynb #3a9fdd37
+# %% ../nbs/04_kernels.ipynb #432e4329
 #| eval: false
 def aligned(weight):
     "A head's weight (K, D) with as many rows of zeros as make K a multiple of 64: tensor cores are several times slower on odd widths."
@@ -529,9 +541,9 @@ class Rows:
     def __init__(self, name, tensors, *constants):
         self.operator, self.tensors, self.constants = OPS[name], [t.contiguous() for t in tensors], constants
 
-    def __call__(self, table, bias, i, grad):
-        "(loss, factor), (n,) float32, of the logits `table` of the rows `i`, which with `grad` become their gradient over `factor`."
-        return self.operator(table, bias, *(t[i] for t in self.tensors), *self.constants, grad)
+    def __call__(self, table, bias, i, grad, loss, factor):
+        "Fills loss and factor, (n,) float32, of the logits `table` of the rows `i`, which with `grad` become their gradient over `factor`."
+        self.operator(table, bias, *(t[i] for t in self.tensors), *self.constants, grad, loss, factor)
 
 
 class KLRows:
@@ -541,6 +553,7 @@ class KLRows:
     def __init__(self, hidden, weight, bias, forward):
         self.hidden, self.weight, self.bias, self.forward = hidden, aligned(weight), bias, forward
 
-    def __call__(self, table, bias, i, grad):
+    def __call__(self, table, bias, i, grad, loss, factor):
+        "As `Rows.__call__`."
         other = (self.hidden[i] @ self.weight.t())[:, :table.shape[1]]
-        return OPS["kl"](table, bias, other, self.bias, self.forward, grad)
+        OPS["kl"](table, bias, other, self.bias, self.forward, grad, loss, factor)

@@ -321,7 +321,7 @@ def _aligned(weight):
 def _fill_rows(rows, logits, bias, a, loss, factor, grad):
     "Loss and factor of the rows from `a` on by one kernel, which with `grad` writes their gradient over the logits."
     at = slice(a, a + len(logits))
-    loss[at], factor[at] = rows(logits, bias, at, grad)
+    rows(logits, bias, at, grad, loss[at], factor[at])
 
 
 def _fill_blocks(rows, logits, bias, a, loss, factor, grad):
