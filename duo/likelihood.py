@@ -318,6 +318,12 @@ def _aligned(weight):
     return kernels.aligned(weight) if kernels else weight
 
 
+def _unrounded(hidden, weight, wide):
+    "hidden @ weightᵀ; on a GPU the sums of a bfloat16 product stay in float32, since a likelihood is taken of them and no gradient follows."
+    if hidden.is_cuda and hidden.dtype != wide and torch.__version__ >= "2.8": return torch.mm(hidden, weight.t(), out_dtype=wide)
+    return hidden @ weight.t()
+
+
 def _fill_rows(rows, logits, bias, a, loss, factor, grad):
     "Loss and factor of the rows from `a` on by one kernel, which with `grad` writes their gradient over the logits."
     at = slice(a, a + len(logits))
@@ -342,11 +348,11 @@ def _head_pass(settings, hidden, weight, bias, weights, need):
     g_h = torch.empty_like(hidden) if need[0] else None
     g_w = torch.zeros_like(w, dtype=wide) if need[1] else None
     g_b = torch.zeros_like(bias, dtype=wide) if need[2] else None
-    buffer = hidden.new_empty(min(chunk, n), len(w), dtype=dtype)
+    buffer = hidden.new_empty(min(chunk, n), len(w), dtype=dtype) if any(need) else None
     fill = _fill_rows if getattr(rows, "whole", False) else _fill_blocks
     for a in range(0, n, chunk):
         h = low[a:a + chunk]
-        logits = torch.mm(h, w.t(), out=buffer[:len(h)])
+        logits = torch.mm(h, w.t(), out=buffer[:len(h)]) if any(need) else _unrounded(h, w, wide)
         fill(rows, logits[:, :K], bias, a, loss, factor, any(need))
         f = factor[a:a + chunk]
         if need[0]: torch.mul(logits @ w, f[:, None], out=g_h[a:a + chunk])
@@ -399,10 +405,11 @@ def _fused(rows, hidden, weight, bias, weights, chunk, promised=False):
     kind, dtype, wide = hidden.device.type, hidden.dtype, _wide(hidden.dtype)
     if torch.is_autocast_enabled(kind) and dtype != torch.float64: dtype = torch.get_autocast_dtype(kind)
     if dtype == torch.float16: dtype = torch.float32
-    chunk = chunk or max(16, 2**(26 if kind == "cpu" else 30) // (dtype.itemsize * len(weight)) // 16 * 16)
+    grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, weight, bias))
+    chunk = chunk or max(16, 2**(26 if kind == "cpu" else 30) // ((dtype if grad else wide).itemsize * len(weight)) // 16 * 16)
     weights = torch.ones_like(hidden[:, 0], dtype=wide) if weights is None else weights.detach().to(wide)
     with torch.autocast(kind, enabled=False):
-        if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, weight, bias)):
+        if grad:
             return _Head.apply(hidden, weight, bias, weights, (rows, chunk, dtype), promised)
         return _head_pass((rows, chunk, dtype), hidden, weight, bias, weights, (False,) * 3)[0]
 
